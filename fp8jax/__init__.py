@@ -1,0 +1,41 @@
+"""fp8jax: load a BF16 checkpoint as FP8 and run it in JAX."""
+
+from fp8jax.checkpoint import Checkpoint, CheckpointError
+from fp8jax.generation import Generated, decode_step, generate, prefill
+from fp8jax.language_model import Generation, LanguageModel
+from fp8jax.load_report import LayerReport, LoadReport
+from fp8jax.loading import load_quantized
+from fp8jax.ops import QActivation, quantize_activation, scaled_matmul
+from fp8jax.qarray import QArray, dequantize, quantize
+from fp8jax.quantization_config import QuantizationConfig
+from fp8jax.sampling import Sampling, sample
+from fp8jax.schemes import FP8_PER_BLOCK, FP8_PER_CHANNEL, FP8_PER_TENSOR, SCHEMES, Scheme
+
+__all__ = [
+    "FP8_PER_BLOCK",
+    "FP8_PER_CHANNEL",
+    "FP8_PER_TENSOR",
+    "SCHEMES",
+    "Checkpoint",
+    "CheckpointError",
+    "Generated",
+    "Generation",
+    "LanguageModel",
+    "LayerReport",
+    "LoadReport",
+    "QActivation",
+    "QArray",
+    "QuantizationConfig",
+    "Sampling",
+    "Scheme",
+    "decode_step",
+    "dequantize",
+    "generate",
+    "load_quantized",
+    "prefill",
+    "quantize",
+    "quantize_activation",
+    "sample",
+    "scaled_matmul",
+]
+__version__ = "0.1.0"

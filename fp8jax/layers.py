@@ -1,0 +1,199 @@
+"""The modules of a decoder, in Flax NNX: parameter trees whose attributes are called as in the checkpoint.
+
+A module is built abstract: its weights are `jax.ShapeDtypeStruct`, and the loader puts arrays in their place. There is
+one `Linear`: if its weight is an array it multiplies, if it is a `QArray` the scheme in it says how activations are
+quantized and which operation runs. What every layer of a forward pass needs to know about the tokens is in a `Step`.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from fp8jax import ops
+from fp8jax.kv_cache import LayerCache
+from fp8jax.qarray import QArray
+from fp8jax.rotary_embedding import rotate
+
+# Queries of a long prompt are taken this many at a time, so that attention scores stay small beside the weights.
+_QUERY_CHUNK = 1024
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Step:
+    """One forward pass over `[b, t]` tokens, as its layers see it.
+
+    Args:
+        positions: int32 `[b, t]`, each token's place in its row's sequence.
+        cos, sin: float32 `[b, t, rotary_dim / 2]`.
+        valid: bool `[b, t]`, which tokens are not padding; None for all.
+        attends: "fresh" where rows begin at position 0 and attend to the tokens of this pass, "cache" where they
+            continue what is in the cache (static).
+        implementation: what runs the operations, see `ops` (static).
+    """
+
+    positions: jax.Array
+    cos: jax.Array
+    sin: jax.Array
+    valid: jax.Array | None
+    attends: Literal["fresh", "cache"] = field(metadata={"static": True})
+    implementation: ops.Implementation = field(metadata={"static": True})
+
+
+class Linear(nnx.Module):
+    """y = x @ weight.T + bias; the weight is an array, a `QArray`, or abstract.
+
+    Args:
+        shards: (name, rows) of the checkpoint's matrices that are stacked to make this one, in order; a layer that is
+            not fused has itself as its only shard.
+        k: inputs.
+        bias: dtype of a bias, None for no bias.
+        dtype: dtype of an unquantized weight and of the outputs.
+    """
+
+    def __init__(self, shards: tuple[tuple[str, int], ...], k: int, *, dtype, bias: Literal["yes", "no"] = "no"):
+        n = sum(rows for _, rows in shards)
+        self.shards = shards
+        self.weight: Any = nnx.data(jax.ShapeDtypeStruct((n, k), dtype))
+        self.bias: Any = nnx.data(jax.ShapeDtypeStruct((n,), dtype) if bias == "yes" else None)
+
+    def __call__(self, x: jax.Array, step: Step) -> jax.Array:
+        if not isinstance(self.weight, QArray):
+            return ops.matmul(x, self.weight, bias=self.bias)
+        *leading, k = x.shape
+        y = ops.scaled_matmul(
+            x.reshape(-1, k),
+            self.weight,
+            bias=self.bias,
+            valid=None if step.valid is None else step.valid.reshape(-1),
+            implementation=step.implementation,
+        )
+        return y.reshape(*leading, -1)
+
+
+class Embedding(nnx.Module):
+    """A table of token vectors, `[vocab, hidden]`."""
+
+    def __init__(self, vocab: int, hidden: int, *, dtype):
+        self.weight: Any = nnx.data(jax.ShapeDtypeStruct((vocab, hidden), dtype))
+
+    def __call__(self, token_ids: jax.Array) -> jax.Array:
+        return self.weight[token_ids]
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) · weight, the mean square in float32, the normalised value cast to x's dtype before the weight comes
+    in."""
+
+    def __init__(self, size: int, *, epsilon: float, dtype):
+        self.epsilon = epsilon
+        self.weight: Any = nnx.data(jax.ShapeDtypeStruct((size,), dtype))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.float32)
+        mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+        return (wide * lax.rsqrt(mean_square + jnp.float32(self.epsilon))).astype(x.dtype) * self.weight
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention: query head j reads key-value head j // (h / kv_heads).
+
+    Args:
+        config: a `DecoderConfig`.
+        window: how many keys a query sees, itself included; None for all before it.
+    """
+
+    def __init__(self, config, *, window: int | None):
+        c, dtype = config, config.dtype
+        self.num_heads, self.num_kv_heads, self.head_dim = c.num_heads, c.num_kv_heads, c.head_dim
+        self.scale, self.window, self.clip_qkv = c.attention_scale, window, c.clip_qkv
+        self.qk_norm = c.qk_norm
+        q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+        shards = (("q_proj", q), ("k_proj", kv), ("v_proj", kv))
+        self.qkv_proj = Linear(shards, c.hidden_size, dtype=dtype, bias=c.qkv_bias)
+        self.o_proj = Linear((("o_proj", c.hidden_size),), q, dtype=dtype, bias=c.o_bias)
+        if c.qk_norm != "none":
+            widths = (c.head_dim, c.head_dim) if c.qk_norm == "head" else (q, kv)
+            self.q_norm, self.k_norm = (RMSNorm(width, epsilon=c.rms_norm_eps, dtype=dtype) for width in widths)
+
+    def __call__(self, x: jax.Array, step: Step, cache: LayerCache | None) -> tuple[jax.Array, LayerCache | None]:
+        b, t, _ = x.shape
+        widths = [self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim]
+        q, k, v = jnp.split(self.qkv_proj(x, step), [widths[0], sum(widths)], axis=-1)
+        if self.qk_norm == "whole":
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.clip_qkv is not None:
+            q, k, v = (jnp.clip(part, -self.clip_qkv, self.clip_qkv) for part in (q, k, v))
+        q, k, v = (part.reshape(b, t, -1, self.head_dim) for part in (q, k, v))
+        if self.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, step.cos, step.sin), rotate(k, step.cos, step.sin)
+        q, k, v = (part.swapaxes(1, 2) for part in (q, k, v))  # [b, heads, t, d]
+
+        if cache is not None:
+            cache = cache.write_prompt(k, v) if step.attends == "fresh" else cache.write_at(step.positions, k, v)
+        if cache is not None and step.attends == "cache":
+            k, v = cache.key, cache.value
+        out = attention(q, k, v, positions=step.positions, scale=self.scale, window=self.window)
+        return self.o_proj(out.swapaxes(1, 2).reshape(b, t, -1), step), cache
+
+
+def attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, *, positions: jax.Array, scale: float, window: int | None
+) -> jax.Array:
+    """Causal attention; softmax in float32.
+
+    Args:
+        q: `[b, h, t, d]`, query i of a row at that row's `positions[:, i]`.
+        k, v: `[b, kv_heads, s, d]`, key j at position j.
+        positions: int32 `[b, t]`.
+        scale: multiplies the scores.
+        window: how many keys a query sees, itself included; None for all before it.
+    Returns:
+        `[b, h, t, d]` in the dtype of q.
+    """
+    b, h, t, d = q.shape
+    if t > _QUERY_CHUNK and t % _QUERY_CHUNK == 0:
+        chunks = t // _QUERY_CHUNK
+        queries = jnp.moveaxis(q.reshape(b, h, chunks, _QUERY_CHUNK, d), 2, 0)
+        places = jnp.moveaxis(positions.reshape(b, chunks, _QUERY_CHUNK), 1, 0)
+        out = lax.map(
+            lambda part: attention(part[0], k, v, positions=part[1], scale=scale, window=window), (queries, places)
+        )
+        return jnp.moveaxis(out, 0, 2).reshape(b, h, t, d)
+
+    kv_heads, s = k.shape[1:3]
+    precision = ops.precision_of(q.dtype)
+    grouped = q.reshape(b, kv_heads, h // kv_heads, t, d)
+    scores = jnp.einsum("bkgtd,bksd->bkgts", grouped, k, precision=precision, preferred_element_type=jnp.float32)
+    key_positions = jnp.arange(s)[None, None, :]
+    visible = key_positions <= positions[:, :, None]
+    if window is not None:
+        visible &= key_positions > positions[:, :, None] - window
+    scores = jnp.where(visible[:, None, None], scores * jnp.float32(scale), jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+    out = jnp.einsum("bkgts,bksd->bkgtd", weights, v, precision=precision, preferred_element_type=jnp.float32)
+    return out.reshape(b, h, t, d).astype(q.dtype)
+
+
+class MLP(nnx.Module):
+    """down(act(gate(x)) · up(x)), gate and up as one matrix."""
+
+    def __init__(self, config, *, intermediate_size: int):
+        c = config
+        shards = (("gate_proj", intermediate_size), ("up_proj", intermediate_size))
+        self.gate_up_proj = Linear(shards, c.hidden_size, dtype=c.dtype, bias=c.mlp_bias)
+        self.down_proj = Linear((("down_proj", c.hidden_size),), intermediate_size, dtype=c.dtype, bias=c.mlp_bias)
+
+    def __call__(self, x: jax.Array, step: Step) -> jax.Array:
+        return self.down_proj(silu_mul(self.gate_up_proj(x, step)), step)
+
+
+def silu_mul(gate_up: jax.Array) -> jax.Array:
+    """silu(gate) · up in float32, for gate and up side by side in the last dimension."""
+    gate, up = jnp.split(gate_up.astype(jnp.float32), 2, axis=-1)
+    return (gate * jax.nn.sigmoid(gate) * up).astype(gate_up.dtype)

@@ -1,0 +1,117 @@
+"""Rotary position embedding: the frequencies of every published rope type, and the rotation.
+
+Channel pair i of a head turns by the angle position · f_i with f_i = theta^(−2i/D), D the rotated width of a head. The halves of a
+head are the pairs ("rotate half"): out = [x₁·cos − x₂·sin, x₂·cos + x₁·sin]. To reach longer contexts, models scale f:
+
+    linear    f / factor
+    llama3    long waves / factor, short ones as they are, a linear blend between
+    yarn      the same idea with the blend laid over channel numbers, and cos, sin times an attention factor m
+    dynamic   nothing up to max_position_embeddings, beyond which fp8jax does not generate
+
+Source: the formulas of transformers 5, modeling_rope_utils.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+RopeType = Literal["default", "linear", "llama3", "yarn", "dynamic"]
+ROPE_TYPES: tuple[RopeType, ...] = ("default", "linear", "llama3", "yarn", "dynamic")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rope:
+    """The numbers of one rope: names as in a checkpoint's `rope_parameters`.
+
+    Args:
+        rotary_dim: channels of a head that turn, the first ones; even.
+        theta: base of the frequencies.
+        rope_type: which formula.
+        factor: by how much the context was stretched.
+        original_max_position_embeddings: context before stretching (llama3, yarn).
+    """
+
+    rotary_dim: int
+    theta: float
+    rope_type: RopeType = "default"
+    factor: float = 1.0
+    original_max_position_embeddings: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+
+    def frequencies(self) -> np.ndarray:
+        """f_i in radians a position, float32 `[rotary_dim / 2]`."""
+        f = self.theta ** (-np.arange(0, self.rotary_dim, 2, dtype=np.float64) / self.rotary_dim)
+        match self.rope_type:
+            case "linear":
+                f = f / self.factor
+            case "llama3":
+                waves = self.original_max_position_embeddings * f / (2 * math.pi)
+                blend = np.clip((waves - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor), 0, 1)
+                f = f * (blend + (1 - blend) / self.factor)
+            case "yarn":
+                low, high = self._yarn_channel(self.beta_fast), self._yarn_channel(self.beta_slow)
+                if self.truncate:
+                    low, high = math.floor(low), math.ceil(high)
+                low, high = max(low, 0), min(high, self.rotary_dim - 1)
+                ramp = np.clip((np.arange(f.size) - low) / max(high - low, 0.001), 0, 1)
+                f = f * (1 - ramp) + f / self.factor * ramp
+        return f.astype(np.float32)
+
+    def multiplier(self) -> float:
+        """What cos and sin are multiplied by: yarn's attention factor, 1 elsewhere."""
+        if self.rope_type != "yarn":
+            return 1.0
+        if self.attention_factor is not None:
+            return self.attention_factor
+
+        def growth(scale: float) -> float:
+            return 1.0 if self.factor <= 1 else 0.1 * scale * math.log(self.factor) + 1.0
+
+        if self.mscale and self.mscale_all_dim:
+            return growth(self.mscale) / growth(self.mscale_all_dim)
+        return growth(1.0)
+
+    def _yarn_channel(self, turns: float) -> float:
+        """The channel whose wave turns this often within the original context."""
+        ratio = self.original_max_position_embeddings / (turns * 2 * math.pi)
+        return self.rotary_dim * math.log(ratio) / (2 * math.log(self.theta))
+
+
+def cos_sin(rope: Rope, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """cos and sin of every position's angles.
+
+    Args:
+        positions: int `[b, t]`.
+    Returns:
+        Two float32 arrays `[b, t, rotary_dim / 2]`.
+    """
+    angles = positions[..., None].astype(jnp.float32) * rope.frequencies()
+    multiplier = jnp.float32(rope.multiplier())
+    return jnp.cos(angles) * multiplier, jnp.sin(angles) * multiplier
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Turn the first channels of each head; computed in float32.
+
+    Args:
+        x: float `[b, t, h, d]`.
+        cos, sin: float32 `[b, t, rotary_dim / 2]`.
+    Returns:
+        `[b, t, h, d]` in the dtype of x.
+    """
+    half = cos.shape[-1]
+    cos, sin = cos[:, :, None, :], sin[:, :, None, :]
+    x1, x2 = x[..., :half].astype(jnp.float32), x[..., half : 2 * half].astype(jnp.float32)
+    turned = jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
+    return turned if 2 * half == x.shape[-1] else jnp.concatenate([turned, x[..., 2 * half :]], axis=-1)

@@ -1,0 +1,196 @@
+"""One parametric decoder for every family: numbers in, logits out.
+
+    x = embed(tokens) · embedding_multiplier
+    for each layer:  x += residual_multiplier · attention(norm(x));   x += residual_multiplier · mlp(norm(x))
+    logits = lm_head(norm(x)) / logits_divisor
+
+A family is a `DecoderConfig` made from its config.json (see `llama.py`); the forward pass below is the same for all.
+Attributes are called as in the checkpoint, so that `model.layers.0.self_attn.o_proj` is both a tensor's name and a path
+through the module. Layers are
+unrolled: scanning over stacked weights would make XLA copy each weight before each kernel.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from fp8jax import ops
+from fp8jax.kv_cache import KVCache, LayerCache, empty_cache
+from fp8jax.layers import MLP, Attention, Embedding, Linear, RMSNorm, Step
+from fp8jax.rotary_embedding import Rope, cos_sin
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """The architecture of a decoder, in numbers.
+
+    Args:
+        attention_scale: multiplies the scores; head_dim ** -0.5 in most families.
+        qk_norm: RMSNorm of q and k over each head or over the whole projection, before rope.
+        clip_qkv: q, k and v are clipped to ± this.
+        windows: a layer's attention window, itself included, None for all; one entry a layer.
+        tied: lm_head is the embedding table.
+        dtype: of activations and unquantized weights.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rope: Rope
+    rms_norm_eps: float
+    attention_scale: float
+    qkv_bias: Literal["yes", "no"] = "no"
+    o_bias: Literal["yes", "no"] = "no"
+    mlp_bias: Literal["yes", "no"] = "no"
+    qk_norm: Literal["none", "head", "whole"] = "none"
+    clip_qkv: float | None = None
+    windows: tuple[int | None, ...] = ()
+    tied: bool = False
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    logits_divisor: float = 1.0
+    dtype: str = "bfloat16"
+
+    def window(self, layer: int) -> int | None:
+        return self.windows[layer] if self.windows else None
+
+
+class DecoderLayer(nnx.Module):
+    """Attention, then MLP, each on a normalised copy of the residual stream."""
+
+    def __init__(self, config: DecoderConfig, index: int):
+        def norm():
+            return RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, dtype=config.dtype)
+
+        self.residual_multiplier = config.residual_multiplier
+        self.input_layernorm = norm()
+        self.self_attn = Attention(config, window=config.window(index))
+        self.post_attention_layernorm = norm()
+        self.mlp = MLP(config, intermediate_size=config.intermediate_size)
+
+    def __call__(self, x: jax.Array, step: Step, cache: LayerCache | None) -> tuple[jax.Array, LayerCache | None]:
+        attended, cache = self.self_attn(self.input_layernorm(x), step, cache)
+        x = x + times(attended, self.residual_multiplier)
+        x = x + times(self.mlp(self.post_attention_layernorm(x), step), self.residual_multiplier)
+        return x, cache
+
+
+class Decoder(nnx.Module):
+    """Embedding, layers and the final norm: tokens to hidden states."""
+
+    def __init__(self, config: DecoderConfig):
+        self.config = config
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype=config.dtype)
+        self.layers = nnx.List([DecoderLayer(config, index) for index in range(config.num_layers)])
+        self.norm = RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, dtype=config.dtype)
+
+    def __call__(self, token_ids: jax.Array, step: Step, cache: KVCache | None) -> tuple[jax.Array, KVCache | None]:
+        x = times(self.embed_tokens(token_ids), self.config.embedding_multiplier)
+        caches = []
+        for index, layer in enumerate(self.layers):
+            x, layer_cache = layer(x, step, None if cache is None else cache[index])
+            caches.append(layer_cache)
+        return self.norm(x), None if cache is None else tuple(caches)
+
+
+class CausalLM(nnx.Module):
+    """A decoder and its output head. Any `jax.jit` function takes it as an argument: it is a plain pytree.
+
+    Args:
+        config: the architecture. Weights are abstract (`jax.ShapeDtypeStruct`) until `loading` fills them in.
+        implementation: what runs the operations, see `ops`.
+    """
+
+    def __init__(self, config: DecoderConfig, *, implementation: ops.Implementation = "auto"):
+        self.config = config
+        self.implementation: ops.Implementation = implementation
+        self.model = Decoder(config)
+        self.lm_head = nnx.data(
+            None if config.tied else Linear((("lm_head", config.vocab_size),), config.hidden_size, dtype=config.dtype)
+        )
+
+    def __call__(self, token_ids: jax.Array) -> jax.Array:
+        """Logits of every position, causal, without a cache.
+
+        Args:
+            token_ids: int `[b, t]`.
+        Returns:
+            float32 `[b, t, vocab]`.
+        """
+        hidden, _ = self.hidden_states(token_ids)
+        return self.logits(hidden)
+
+    def hidden_states(
+        self,
+        token_ids: jax.Array,
+        *,
+        cache: KVCache | None = None,
+        start: jax.Array | None = None,
+        valid: jax.Array | None = None,
+    ) -> tuple[jax.Array, KVCache | None]:
+        """Hidden states after the final norm, and the cache with these tokens written to it.
+
+        Args:
+            token_ids: int `[b, t]`.
+            cache: where keys and values go; None for none.
+            start: int32 `[b]`, position of each row's first token here, its predecessors being in the cache; None for
+                rows that begin here.
+            valid: bool `[b, t]`, which tokens are not padding; padding comes last in a row.
+        Returns:
+            `[b, t, hidden]` in the config's dtype, and the cache.
+        Raises:
+            ValueError: `start` without a cache.
+        """
+        if start is not None and cache is None:
+            raise ValueError("hidden_states: rows that continue (start=…) need the cache that holds what they continue")
+        b, t = token_ids.shape
+        positions = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32), (b, t))
+        if start is not None:
+            positions = positions + start[:, None].astype(jnp.int32)
+        cos, sin = cos_sin(self.config.rope, positions)
+        step = Step(
+            positions=positions,
+            cos=cos,
+            sin=sin,
+            valid=valid,
+            attends="fresh" if start is None else "cache",
+            implementation=self.implementation,
+        )
+        return self.model(token_ids, step, cache)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Logits of hidden states `[..., hidden]`: float32 `[..., vocab]`."""
+        weight = self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        logits = jax.lax.dot_general(
+            hidden,
+            weight,
+            (((hidden.ndim - 1,), (1,)), ((), ())),
+            precision=ops.precision_of(hidden.dtype),
+            preferred_element_type=jnp.float32,
+        )
+        return logits / jnp.float32(self.config.logits_divisor) if self.config.logits_divisor != 1 else logits
+
+    def empty_cache(self, batch: int, length: int) -> KVCache:
+        """A cache for `batch` rows of up to `length` tokens."""
+        c = self.config
+        return empty_cache(
+            layers=c.num_layers,
+            batch=batch,
+            kv_heads=c.num_kv_heads,
+            length=length,
+            head_dim=c.head_dim,
+            dtype=c.dtype,
+        )
+
+
+def times(x: jax.Array, factor: float) -> jax.Array:
+    """x · factor, rounded once to the dtype of x; nothing for a factor of 1."""
+    return x if factor == 1 else x * jnp.asarray(factor, x.dtype)

@@ -1,0 +1,189 @@
+"""FP8 product with one scale a row and one scale a matrix or output channel.
+
+    out[m, n] = (Σ_k x[m, k] · w[n, k]) · x_scale[m] · w_scale[n] + bias[n]
+
+The sum runs over e4m3 codes with a float32 accumulator; scales, bias and the cast come once, at the end. The weight is `[n, k]`
+as in the checkpoint: both operands are contiguous in k, which is what FP8 tensor cores read. Source: vLLM's CUTLASS epilogue
+(`cutlass_scaled_mm`), with the bias added before the cast.
+
+The kernel works for every k; where k is no multiple of 16, rows start at unaligned addresses and its copies shrink to a few bytes, so
+pad codes of both operands with zeros to a multiple of 16 once, rather than pay in each call.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from fp8jax.pallas_kernels import matmul_config, matmul_tiles
+from fp8jax.pallas_kernels.fp8_dot import fp8_dot
+from fp8jax.pallas_kernels.matmul_config import Config
+
+PROMOTE_EVERY = 128
+_STATIC = ("out_dtype", "config", "interpret")
+
+
+def scaled_matmul_reference(
+    x: jax.Array,
+    x_scale: jax.Array,
+    w: jax.Array,
+    w_scale: jax.Array,
+    *,
+    bias: jax.Array | None = None,
+    out_dtype: jax.typing.DTypeLike = jnp.bfloat16,
+) -> jax.Array:
+    """The specification, in float32.
+
+    Args:
+        x: float8_e4m3fn `[m, k]`.
+        x_scale: float32 `[m, 1]`, or `[1]` for one scale over all rows.
+        w: float8_e4m3fn `[n, k]`.
+        w_scale: float32 `[1]`, or `[n, 1]` for one scale an output channel.
+        bias: any float `[n]`, added in float32.
+        out_dtype: dtype of the result.
+    Returns:
+        `[m, n]`.
+    """
+    accumulated = _product_of_codes(x, w)
+    out = accumulated * x_scale.reshape(-1, 1) * w_scale.reshape(1, -1)
+    if bias is not None:
+        out = out + bias.astype(jnp.float32)
+    return out.astype(out_dtype)
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC)
+def scaled_matmul_triton(
+    x: jax.Array,
+    x_scale: jax.Array,
+    w: jax.Array,
+    w_scale: jax.Array,
+    *,
+    bias: jax.Array | None = None,
+    out_dtype: jax.typing.DTypeLike = jnp.bfloat16,
+    config: Config | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """The same in one kernel, and a small sum where k is split.
+
+    Args:
+        x, x_scale, w, w_scale, bias: as for the reference.
+        out_dtype: bfloat16, float16 or float32.
+        config: tiles; `default_config` of the current device if None.
+        interpret: run on the CPU, to check the mathematics.
+    Returns:
+        `[m, n]`.
+    Raises:
+        NotImplementedError: `supported` says why.
+        ValueError: shapes, dtypes or a config that do not fit.
+    """
+    partials = _run(x, x_scale, w, w_scale, bias, out_dtype, config, interpret)
+    return matmul_tiles.sum_of_splits(partials, out_dtype)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "interpret"))
+def scaled_matmul_partials(
+    x: jax.Array,
+    x_scale: jax.Array,
+    w: jax.Array,
+    w_scale: jax.Array,
+    *,
+    bias: jax.Array | None = None,
+    config: Config | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """The partial sums of the splits, scaled and with the bias, for a next kernel that adds them up itself.
+
+    Args:
+        x, x_scale, w, w_scale, bias, config, interpret: as for `scaled_matmul_triton`.
+    Returns:
+        float32 `[splits, m, n]`; splits is 1 where k is not split.
+    Raises:
+        NotImplementedError, ValueError: as `scaled_matmul_triton`.
+    """
+    return _run(x, x_scale, w, w_scale, bias, jnp.float32, config, interpret)
+
+
+def supported(device_kind: str, m: int, n: int, k: int) -> str | None:
+    """Why the kernel does not run there, or None.
+
+    Args:
+        device_kind: of the JAX device.
+        m, n, k: rows, outputs, inputs.
+    """
+    return matmul_config.unsupported(device_kind, m, n, k)
+
+
+def default_config(device_kind: str, m: int, n: int, k: int) -> Config:
+    """Tiles for the device and shape; the reasons are in `matmul_config`."""
+    return matmul_config.default_scaled_config(device_kind, m, n, k)
+
+
+def _run(x, x_scale, w, w_scale, bias, out_dtype, config: Config | None, interpret: bool) -> jax.Array:
+    matmul_tiles.check_operands("scaled_matmul", x, w, bias, out_dtype)
+    (m, k), n = x.shape, w.shape[0]
+    if x_scale.size not in (1, m) or w_scale.size not in (1, n):
+        raise ValueError(
+            f"scaled_matmul: x_scale is {x_scale.shape} and w_scale is {w_scale.shape}; "
+            f"wanted [1] or [{m}, 1] for x {x.shape}, and [1] or [{n}, 1] for w {w.shape}"
+        )
+    if m == 0:
+        return jnp.zeros((1, 0, n), out_dtype)
+    config = matmul_tiles.checked_config("scaled_matmul", m, n, k, config, default_config, interpret)
+    problem = matmul_tiles.Problem(m, n, k, config)
+    kernel = kernel_of(problem, scale_per_row=x_scale.size == m, scale_per_channel=w_scale.size == n)
+    operands = [x, x_scale.reshape(-1), w, w_scale.reshape(-1)] + ([] if bias is None else [bias])
+    return matmul_tiles.launch(kernel, problem, operands, out_dtype=out_dtype, name="scaled_matmul", interpret=interpret)
+
+
+def kernel_of(problem: matmul_tiles.Problem, *, scale_per_row: bool, scale_per_channel: bool) -> Callable[..., None]:
+    """The kernel, for arrays that are at least as large as the problem says."""
+    config, m, n = problem.config, problem.m, problem.n
+
+    def kernel(
+        x_ref,  # [m, k] float8_e4m3fn
+        x_scale_ref,  # [m] or [1] float32
+        w_ref,  # [n, k] float8_e4m3fn
+        w_scale_ref,  # [n] or [1] float32
+        *rest,  # bias [n], if there is one; out [splits * m, n]
+    ):
+        tile = matmul_tiles.tile_of_program(problem)
+        out = matmul_tiles.accumulate(problem, tile, x_ref, w_ref, functools.partial(_add_step, config))
+        rows = matmul_tiles.clamped(tile.rows, m, config.block_m)
+        columns = matmul_tiles.clamped(tile.columns, n, config.block_n)
+        out = out * matmul_tiles.along_rows(config, x_scale_ref[rows] if scale_per_row else x_scale_ref[0])
+        out = out * matmul_tiles.along_columns(config, w_scale_ref[columns] if scale_per_channel else w_scale_ref[0])
+        if len(rest) == 2:
+            out = matmul_tiles.add_bias(problem, tile, out, rest[0])
+        matmul_tiles.store(problem, tile, out, rest[-1])
+
+    return kernel
+
+
+def _add_step(config: Config, left, right, acc, step, carried):
+    del step
+    if config.promotion == "separate":
+        return acc + fp8_dot(left, right, jnp.zeros_like(acc), promote_every=None), carried
+    promote_every = PROMOTE_EVERY if config.promotion == "tensor_core" else None
+    return fp8_dot(left, right, acc, promote_every=promote_every), carried
+
+
+def _product_of_codes(x: jax.Array, w: jax.Array) -> jax.Array:
+    # e4m3 values and their products are exact in bfloat16 operands with a float32 accumulator, so a GPU need not spend
+    # float32 on them; CPUs are faster in float32.
+    def product(dtype, x, w):
+        return lax.dot_general(
+            x.astype(dtype),
+            w.astype(dtype),
+            (((1,), (1,)), ((), ())),
+            precision=lax.Precision.HIGHEST,
+            preferred_element_type=jnp.float32,
+        )
+
+    return lax.platform_dependent(
+        x,
+        w,
+        cuda=lambda x, w: product(jnp.bfloat16, x, w),
+        default=lambda x, w: product(jnp.float32, x, w),
+    )
