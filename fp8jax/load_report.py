@@ -22,13 +22,15 @@ class LayerReport:
     """One tensor of the model, fused where the model fuses.
 
     Args:
-        name: the module's name, "model.layers.0.self_attn.qkv_proj".
+        name: the module's name, "model.layers.0.self_attn.qkv_proj"; for a stack of experts
+            "model.layers.0.mlp.experts.gate_up_proj".
         kind: "linear" or "moe" for what could be quantized, "other" for embeddings, norms, biases, lm_head, routers.
         outcome: what became of it: "ignored" is an `ignore` entry, "no scheme" a kind that was given none.
         bytes_before: as in the checkpoint.
         bytes_after: as held, scales included.
-        relative_error: ‖dequantized − w‖ / ‖w‖ (Frobenius), None where nothing was quantized.
-        shard_amax: largest |w| of each shard of a fused layer. Far-apart values mean that one scale serves some shards
+        relative_error: ‖dequantized − w‖ / ‖w‖ (Frobenius) over at most 256 evenly spread rows, None where nothing was
+            quantized.
+        shard_amax: largest |w| of each shard of a fused layer, for a stack over all experts. Far-apart values mean that one scale serves some shards
             badly.
     """
 
@@ -79,7 +81,12 @@ class LoadReport:
             origin = f"(from {layer.kind}: {layer.scheme.name})" if layer.scheme else ""
             counts[f"{layer.type}|{origin}"] = counts.get(f"{layer.type}|{origin}", 0) + 1
         items = (f"{key.split('|')[0]}: {count} {key.split('|')[1]}" for key, count in sorted(counts.items()))
-        left = [f"{n} {what}" for what in ("ignored", "no scheme") if (n := self._count(what))]
+        left = [f"{self._count('ignored')} ignored"] if self._count("ignored") else []
+        left += [
+            f"{n} of kind {kind}, which was given no scheme"
+            for kind in ("linear", "moe")
+            if (n := self._count("no scheme", kind))
+        ]
         rest = f"; left unquantized: {', '.join(left)}" if left else ""
         return f"Quantizing {len(self.quantized)} layers of types: {'; '.join(items)}{rest}"
 
@@ -132,8 +139,8 @@ class LoadReport:
         share = self.bytes_after / self.bytes_before if self.bytes_before else 1.0
         return f"{share:.1%} of the checkpoint's bytes; peak private host memory {mebibytes(self.peak_host_bytes)}; {phases}"
 
-    def _count(self, outcome: str) -> int:
-        return sum(layer.outcome == outcome for layer in self.layers)
+    def _count(self, outcome: Outcome, kind: LayerKind | None = None) -> int:
+        return sum(layer.outcome == outcome and kind in (None, layer.kind) for layer in self.layers)
 
 
 def mebibytes(size: int) -> str:

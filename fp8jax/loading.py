@@ -4,20 +4,21 @@
                                     │        every fault of names, shapes and dtypes in one error, before any work
     mapped file ──> one layer's shards ──> fuse, quantize (one jitted function on the device) ──> the model's weight
 
-At any moment the process holds the finished weights plus one layer in the checkpoint's dtype. The loaded model owns its
-memory: nothing in it points into the mapped file. NaN and Inf are looked for in every tensor on its way and reported
-together at the end.
+At any moment the process holds the finished weights plus one layer in the checkpoint's dtype; of a stack of experts, plus
+one expert: each is quantized for itself and written into the stack that is already there. The loaded model owns its memory:
+nothing in it points into the mapped file. NaN and Inf are looked for in every tensor on its way and reported together at the
+end.
+
+A stack stays one array whatever its size. A kernel that cannot address one (Pallas-Triton between 2 and 4 GiB) says so in its
+own `supported`; Mixtral-8x22B, with 1.6 GB for gate and up in FP8, is still below.
 """
 
-import dataclasses
-import difflib
 import functools
 import logging
 import os
-import re
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -30,42 +31,17 @@ from fp8jax import ops
 from fp8jax.checkpoint import Checkpoint, CheckpointError
 from fp8jax.host_memory import PeakMemory
 from fp8jax.language_model import LanguageModel
-from fp8jax.layers import Linear
 from fp8jax.load_report import LayerReport, LoadReport, Outcome
-from fp8jax.models import CausalLM, DecoderConfig, read_decoder_config
-from fp8jax.qarray import QArray, dequantize, quantize
+from fp8jax.models import CausalLM, read_decoder_config
+from fp8jax.parameters import ExpertParameter, Parameter, check_against, model_parameters, tied_as_stored
+from fp8jax.qarray import QArray, dequantize_rows, quantize, scale_shape
 from fp8jax.quantization_config import LayerKind, QuantizationConfig
 from fp8jax.schemes import Scheme
 
 logger = logging.getLogger("fp8jax")
+_ERROR_ROWS = 256
 
 DTYPES = ("bfloat16", "float16", "float32")
-_FLOAT_DTYPES = ("bfloat16", "float16", "float32")
-# Buffers that old checkpoints carry and that follow from config.json.
-_DERIVED_TENSORS = re.compile(r".*\.(rotary_emb\.inv_freq|self_attn\.(masked_bias|bias))")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Parameter:
-    """One weight of the model and where it comes from.
-
-    Args:
-        module, attribute: where it goes.
-        name: the module's name; the attribute is not part of it.
-        sources: the checkpoint's tensors that are stacked along the first dimension to make it, with the rows each must
-            have.
-        shape: its shape.
-        kind: what it counts as for the quantization config.
-        shards: last components of the unfused names, for `ignore`.
-    """
-
-    module: nnx.Module
-    attribute: str
-    name: str
-    sources: tuple[tuple[str, tuple[int, ...]], ...]
-    shape: tuple[int, ...]
-    kind: LayerKind | Literal["other"]
-    shards: tuple[str, ...] = ()
 
 
 def load_quantized(
@@ -109,11 +85,11 @@ def load_quantized(
         checkpoint.require_unquantized()
         where = f"config.json of {repo}"
         config = read_decoder_config(checkpoint.config, dtype=dtype, where=where)
-        config = _tie(config, checkpoint)
+        config = tied_as_stored(config, checkpoint)
         model = CausalLM(config, implementation=implementation)
-        parameters = list(model_parameters(model))
+        parameters = list(model_parameters(model, checkpoint.tensors))
         schemes, told = _resolve(parameters, quantization)
-        _check_against(checkpoint, parameters)
+        check_against(checkpoint, parameters)
         opened = time.perf_counter()
         layers = _fill(checkpoint, parameters, schemes, quantization, dtype=dtype, progress=progress)
     finished = time.perf_counter()
@@ -140,106 +116,37 @@ def load_quantized(
     )
 
 
-def model_parameters(model: CausalLM) -> Iterator[Parameter]:
-    """Every weight of a model with the checkpoint's names of what it is made of, in the order of the forward pass."""
-    for path, module in nnx.iter_modules(model):
-        name = ".".join(str(part) for part in path)
-        if isinstance(module, Linear):
-            yield from _linear_parameters(name, module)
-        elif isinstance(getattr(module, "weight", None), jax.ShapeDtypeStruct):
-            yield _plain_parameter(module, "weight", name, (f"{name}.weight",))
-
-
-def _linear_parameters(name: str, module: Linear) -> Iterator[Parameter]:
-    parent, _, last = name.rpartition(".")
-    prefix = f"{parent}." if parent else ""
-    names = [f"{prefix}{shard}" for shard, _ in module.shards]
-    n, k = module.weight.shape
-    yield Parameter(
-        module=module,
-        attribute="weight",
-        name=name,
-        sources=tuple((f"{source}.weight", (rows, k)) for source, (_, rows) in zip(names, module.shards, strict=True)),
-        shape=(n, k),
-        kind="other" if last == "lm_head" else "linear",
-        shards=tuple(shard for shard, _ in module.shards),
-    )
-    if module.bias is not None:
-        yield Parameter(
-            module=module,
-            attribute="bias",
-            name=name,
-            sources=tuple((f"{source}.bias", (rows,)) for source, (_, rows) in zip(names, module.shards, strict=True)),
-            shape=(n,),
-            kind="other",
-        )
-
-
-def _plain_parameter(module: nnx.Module, attribute: str, name: str, sources: tuple[str, ...]) -> Parameter:
-    shape = getattr(module, attribute).shape
-    return Parameter(
-        module=module,
-        attribute=attribute,
-        name=name,
-        sources=tuple((source, shape) for source in sources),
-        shape=shape,
-        kind="other",
-    )
-
-
-def _tie(config: DecoderConfig, checkpoint: Checkpoint) -> DecoderConfig:
-    """The config with `tied` as the files have it: an lm_head of its own wins over the flag, an equal one is not held
-    twice."""
-    head, table = "lm_head.weight", "model.embed_tokens.weight"
-    if not config.tied or head not in checkpoint.tensors or table not in checkpoint.tensors:
-        return config
-    one, other = checkpoint.tensors[head], checkpoint.tensors[table]
-    if (one.shape, one.dtype) == (other.shape, other.dtype):
-        one_bytes, other_bytes = (checkpoint.read(name).reshape(-1).view(np.uint8) for name in (head, table))
-        if np.array_equal(one_bytes, other_bytes):
-            return config
-    return dataclasses.replace(config, tied=False)
-
-
 def _resolve(
     parameters: Sequence[Parameter], quantization: QuantizationConfig
 ) -> tuple[dict[str, Scheme | None], list[str]]:
     """Each layer's scheme by name, and warnings about `ignore` entries that matched nothing."""
-    candidates: list[tuple[str, LayerKind, Sequence[str]]] = [
-        (p.name, p.kind, p.shards) for p in parameters if p.kind != "other"
-    ]
-    schemes = {name: quantization.resolve(name, kind, shards) for name, kind, shards in candidates}
-    others = [p.name for p in parameters if p.kind == "other"]
-    return schemes, quantization.unmatched(candidates, [*others, "lm_head"])
+    candidates: dict[str, tuple[str, LayerKind, Sequence[str]]] = {}
+    schemes, others = {}, ["lm_head"]
+    for p in parameters:
+        if p.kind == "other":
+            # Under the checkpoint's name, too, if it has another one.
+            others += [
+                p.name,
+                *(source.removesuffix(".weight") for source, _ in p.sources if source.endswith(".weight")),
+            ]
+        elif p.name not in candidates:
+            candidates[p.name] = p.name, p.kind, p.shards
+            schemes[p.name] = quantization.resolve(p.name, p.kind, p.shards)
+            if isinstance(p, ExpertParameter) and p.alias != p.name:
+                others.append(p.alias)
+                if quantization.resolve(p.alias, p.kind) is None:
+                    schemes[p.name] = None
+    return schemes, quantization.unmatched(candidates.values(), others)
 
 
-def _check_against(checkpoint: Checkpoint, parameters: Sequence[Parameter]) -> None:
-    """Compare names, shapes and dtypes of the model and of the headers; one error for all faults."""
-    faults = []
-    wanted = {source: shape for p in parameters for source, shape in p.sources}
-    for source, shape in wanted.items():
-        info = checkpoint.tensors.get(source)
-        if info is None:
-            close = difflib.get_close_matches(source, set(checkpoint.tensors) - set(wanted), n=1)
-            hint = f"; the checkpoint has {close[0]!r}, which the model does not" if close else ""
-            faults.append(f"{source}: missing, config.json asks for shape {list(shape)}{hint}")
-        elif tuple(info.shape) != shape:
-            faults.append(
-                f"{source}: the checkpoint has shape {list(info.shape)}, config.json says {list(shape)}; do the two files belong "
-                "together?"
-            )
-        elif info.dtype.name not in _FLOAT_DTYPES:
-            faults.append(
-                f"{source}: dtype {info.dtype.name}; online quantization starts from {', '.join(_FLOAT_DTYPES)} weights"
-            )
-    for name in sorted(set(checkpoint.tensors) - set(wanted) - {"lm_head.weight"}):  # a tied head was seen to in `_tie`
-        if not _DERIVED_TENSORS.fullmatch(name):
-            faults.append(
-                f"{name}: in the checkpoint, but no weight of this architecture; config.json may ask for too few layers, or for a "
-                "switch (a bias, say) that it leaves out"
-            )
-    if faults:
-        raise CheckpointError.gather(str(checkpoint.folder), faults)
+@dataclass(frozen=True)
+class _Loaded:
+    """A finished weight, the largest |w| of each of its shards, its relative error, and what is wrong with it."""
+
+    value: QArray | jax.Array
+    shard_amax: tuple[float, ...]
+    relative_error: float | None
+    faults: tuple[str, ...]
 
 
 def _fill(
@@ -254,32 +161,25 @@ def _fill(
     """Stream every parameter into the model; NaN and Inf of all tensors in one error at the end."""
     from tqdm import tqdm
 
-    total = sum(checkpoint.tensors[source].nbytes for p in parameters for source, _ in p.sources)
+    sizes = [sum(checkpoint.tensors[source].nbytes for source, _ in p.sources) for p in parameters]
     layers, faults = [], []
     with tqdm(
-        total=total,
+        total=sum(sizes),
         desc="loading",
         unit="B",
         unit_scale=True,
         unit_divisor=1024,
         disable={"auto": None, "on": False, "off": True}[progress],
     ) as bar:
-        for p in parameters:
-            views = [checkpoint.read(source) for source, _ in p.sources]
-            scheme = schemes.get(p.name) if p.attribute == "weight" else None
-            error = None
-            if scheme is not None:
-                value, amax, error = _quantized(views, scheme)
+        for p, size in zip(parameters, sizes, strict=True):
+            scheme = schemes[p.name] if p.kind != "other" else None
+            if isinstance(p, ExpertParameter):
+                loaded = _experts(checkpoint, p, scheme, dtype, bar.update)
             else:
-                value, amax = _plain(views, dtype)
-            limit = float(jnp.finfo(jnp.float32 if scheme else dtype).max)
-            faults += [
-                _misfit(source, view, limit)
-                for (source, _), view, largest in zip(p.sources, views, amax, strict=True)
-                if not largest <= limit
-            ]
-            setattr(p.module, p.attribute, nnx.data(value))
-            size = sum(view.nbytes for view in views)
+                loaded = _layer(checkpoint, p, scheme, dtype)
+                bar.update(size)
+            faults += loaded.faults
+            setattr(p.module, p.attribute, nnx.data(loaded.value))
             layers.append(
                 LayerReport(
                     name=p.name if p.attribute == "weight" else f"{p.name}.{p.attribute}",
@@ -287,53 +187,106 @@ def _fill(
                     outcome=_outcome(p, scheme, quantization),
                     scheme=scheme,
                     bytes_before=size,
-                    bytes_after=value.nbytes,
-                    relative_error=error,
-                    shard_amax=tuple(float(a) for a in amax),
+                    bytes_after=loaded.value.nbytes,
+                    relative_error=loaded.relative_error,
+                    shard_amax=loaded.shard_amax,
                 )
             )
-            for source, _ in p.sources:
-                checkpoint.release(source)
-            bar.update(size)
     if faults:
         raise CheckpointError.gather(str(checkpoint.folder), faults)
     return layers
 
 
-def _quantized(views: Sequence[np.ndarray], scheme: Scheme) -> tuple[QArray, np.ndarray, float]:
-    value, amax, error = _fuse_and_quantize([jax.device_put(view) for view in views], scheme)
-    jax.block_until_ready(value)
-    return value, np.asarray(amax), float(error)
+def _layer(checkpoint: Checkpoint, p: Parameter, scheme: Scheme | None, dtype: str) -> _Loaded:
+    """One weight from its shards, at once."""
+    sources = [source for source, _ in p.sources]
+    # may_alias=False: on a CPU, device_put of a well-aligned view would keep pointing into the file.
+    shards = [jax.device_put(checkpoint.read(source), may_alias=None if scheme else False) for source in sources]
+    value, amax, norms = jax.block_until_ready(_fuse(shards, scheme, dtype))
+    amax = np.asarray(amax)
+    faults = _misfits(checkpoint, sources, amax, scheme, dtype)
+    for source in sources:
+        checkpoint.release(source)
+    return _Loaded(value, tuple(map(float, amax)), _relative_error([norms], scheme), tuple(faults.values()))
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _fuse_and_quantize(shards: list[jax.Array], scheme: Scheme) -> tuple[QArray, jax.Array, jax.Array]:
-    """The fused weight quantized, each shard's largest |w| (NaN and Inf show in it), and the relative error."""
+def _experts(
+    checkpoint: Checkpoint,
+    p: ExpertParameter,
+    scheme: Scheme | None,
+    dtype: str,
+    advance: Callable[[int], Any],
+) -> _Loaded:
+    """A stack of experts, one expert at a time; shard_amax is over all of them."""
+    if scheme is None:
+        stack = jnp.zeros(p.shape, dtype)
+    else:
+        scales = scale_shape(p.shape, scheme, row_groups=p.row_groups)
+        stack = QArray(jnp.zeros(p.shape, jnp.float8_e4m3fn), jnp.zeros(scales, jnp.float32), scheme, p.row_groups)
+    largest, norms, faults = np.zeros(p.row_groups, np.float32), [], {}
+    for expert in range(p.shape[0]):
+        sources, views = p.shards_of(checkpoint, expert)
+        stack, amax, norm = _write_expert(stack, np.int32(expert), [jax.device_put(view) for view in views])
+        # Waiting here is what bounds memory: the next expert comes when this one's BF16 copy is gone.
+        amax = np.asarray(jax.block_until_ready((stack, amax))[1])
+        largest = np.maximum(largest, amax)
+        norms.append(norm)
+        faults |= _misfits(checkpoint, sources, amax, scheme, dtype)
+        if len(p.sources) > 1 or expert == p.shape[0] - 1:
+            for source in sources:
+                checkpoint.release(source)
+        advance(sum(view.nbytes for view in views))
+    return _Loaded(stack, tuple(map(float, largest)), _relative_error(norms, scheme), tuple(faults.values()))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _fuse(
+    shards: list[jax.Array], scheme: Scheme | None, dtype: str, row_groups: int = 1
+) -> tuple[QArray | jax.Array, jax.Array, jax.Array]:
+    """The fused weight quantized or cast, each shard's largest |w| (NaN and Inf show in it), and what `_relative_error`
+    needs."""
     weight = shards[0] if len(shards) == 1 else jnp.concatenate(shards, axis=0)
-    q = quantize(weight, scheme)
-    amax = jnp.stack([jnp.max(jnp.abs(shard)).astype(jnp.float32) for shard in shards])
+    amax = jnp.stack([jnp.max(jnp.abs(shard), initial=0).astype(jnp.float32) for shard in shards])
+    if scheme is None:
+        return weight.astype(dtype), amax, jnp.zeros(3, jnp.float32)
+    q = quantize(weight, scheme, row_groups=row_groups)
+    # The error of some rows is error enough for a report: over all of them XLA would hold two float32 copies of the weight.
+    n = weight.shape[-2]
+    rows = np.unique(np.linspace(0, n - 1, min(n, _ERROR_ROWS)).astype(int))
     # Relative to the largest weight, so that squares of tiny weights do not vanish.
     unit = jnp.maximum(jnp.max(amax), jnp.float32(np.finfo(np.float32).tiny))
-    wide = weight.astype(jnp.float32) / unit
-    difference = dequantize(q) / unit - wide
-    norm = jnp.sqrt(jnp.sum(jnp.square(wide)))
-    error = jnp.sqrt(jnp.sum(jnp.square(difference))) / jnp.maximum(norm, jnp.float32(1e-30))
-    return q, amax, error
+    wide = weight[..., rows, :].astype(jnp.float32) / unit
+    difference = dequantize_rows(q, rows) / unit - wide
+    return q, amax, jnp.stack([unit, *(jnp.sqrt(jnp.sum(jnp.square(part))) for part in (difference, wide))])
 
 
-def _plain(views: Sequence[np.ndarray], dtype: str) -> tuple[jax.Array, np.ndarray]:
-    # may_alias=False: on a CPU, device_put of a well-aligned view would keep pointing into the file.
-    shards = [jax.device_put(view, may_alias=False) for view in views]
-    value, amax = _fuse_and_cast(shards, dtype)
-    jax.block_until_ready(value)
-    return value, np.asarray(amax)
+@functools.partial(jax.jit, donate_argnums=0)
+def _write_expert(stack: QArray | jax.Array, expert: jax.Array, shards: list[jax.Array]):
+    """The stack with one expert written into it, in place, and what `_fuse` says of it."""
+    if not isinstance(stack, QArray):
+        value, amax, norm = _fuse(shards, None, stack.dtype.name)
+        return stack.at[expert].set(value), amax, norm
+    q, amax, norm = _fuse(shards, stack.scheme, "float32", stack.row_groups)
+    assert isinstance(q, QArray)
+    # As bytes: where a device has no FP8, XLA would take the whole stack to float16 and back to change one expert in it.
+    before, new = (jax.lax.bitcast_convert_type(codes, jnp.uint8) for codes in (stack.qvalue, q.qvalue))
+    scale = q.scale.reshape(stack.scale.shape[1:])
+    written = QArray(
+        jax.lax.bitcast_convert_type(before.at[expert].set(new), jnp.float8_e4m3fn),
+        stack.scale.at[expert].set(scale),
+        stack.scheme,
+        stack.row_groups,
+    )
+    return written, amax, norm
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _fuse_and_cast(shards: list[jax.Array], dtype: str) -> tuple[jax.Array, jax.Array]:
-    amax = jnp.stack([jnp.max(jnp.abs(shard), initial=0).astype(jnp.float32) for shard in shards])
-    value = shards[0] if len(shards) == 1 else jnp.concatenate(shards, axis=0)
-    return value.astype(dtype), amax
+def _relative_error(norms: Sequence[jax.Array], scheme: Scheme | None) -> float | None:
+    """‖dequantized − w‖ / ‖w‖ from rows of (unit, ‖difference‖ / unit, ‖w‖ / unit), one an expert."""
+    if scheme is None:
+        return None
+    unit, difference, weight = np.asarray(norms, np.float64).T
+    norm = np.linalg.norm(unit * weight)
+    return float(np.linalg.norm(unit * difference) / norm) if norm else 0.0
 
 
 def _outcome(p: Parameter, scheme: Scheme | None, quantization: QuantizationConfig) -> Outcome:
@@ -342,6 +295,15 @@ def _outcome(p: Parameter, scheme: Scheme | None, quantization: QuantizationConf
     if p.kind == "other":
         return "never quantized"
     return "no scheme" if getattr(quantization, p.kind) is None else "ignored"
+
+
+def _misfits(
+    checkpoint: Checkpoint, sources: Sequence[str], amax: np.ndarray, scheme: Scheme | None, dtype: str
+) -> dict[str, str]:
+    """By source, what does not fit the dtype, given the largest |w| of each."""
+    limit = float(jnp.finfo(jnp.float32 if scheme else dtype).max)
+    wrong = {source for source, largest in zip(sources, amax, strict=True) if not largest <= limit}
+    return {source: _misfit(source, checkpoint.read(source), limit) for source in sources if source in wrong}
 
 
 def _misfit(source: str, view: np.ndarray, limit: float) -> str:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from fp8jax.pallas_kernels.block_scaled_matmul import block_scaled_matmul_reference
+from fp8jax.pallas_kernels.grouped_matmul import grouped_matmul_reference, grouped_scaled_matmul_reference
 from fp8jax.pallas_kernels.quantize import quantize_activation_reference
 from fp8jax.pallas_kernels.scaled_matmul import scaled_matmul_reference
 from fp8jax.qarray import QArray
@@ -114,9 +115,90 @@ def matmul(x: jax.Array, w: jax.Array, *, bias: jax.Array | None = None) -> jax.
     return out.astype(x.dtype)
 
 
+def grouped_scaled_matmul(
+    x: jax.Array | QActivation,
+    w: QArray,
+    sizes: jax.Array,
+    *,
+    rows: jax.Array | None = None,
+    row_weight: jax.Array | None = None,
+    out_dtype: jax.typing.DTypeLike | None = None,
+    valid: jax.Array | None = None,
+    implementation: Implementation = "auto",
+) -> jax.Array:
+    """Every row times the weight of its own expert, in FP8; rows come sorted by expert.
+
+    Args:
+        x: float `[m, k]`, or the same quantized with the granularity of the scheme.
+        w: quantized stack `[e, n, k]`.
+        sizes: int32 `[e]`, how many of the r sorted slots each expert has; slots beyond their sum give zeros.
+        rows: int32 `[r]`, the row of x that a slot reads; None where slot i reads row i.
+        row_weight: float32 `[r]`, multiplies a slot's result before it is rounded.
+        out_dtype: dtype of the result; that of a float x by default, bfloat16 for a quantized one.
+        valid: bool `[m]`, rows of x that count for per-tensor activations.
+        implementation: what runs it.
+    Returns:
+        `[r, n]`.
+    Raises:
+        ValueError: shapes or granularities that do not belong together.
+        NotImplementedError: "triton" was named and has no kernel for this.
+    """
+    if out_dtype is None:
+        out_dtype = jnp.dtype(jnp.bfloat16 if isinstance(x, QActivation) else x.dtype)
+    if not isinstance(x, QActivation):
+        x = quantize_activation(x, w.scheme.activation, valid=valid, implementation=implementation)
+    if x.granularity != w.scheme.activation:
+        raise ValueError(
+            f"grouped_scaled_matmul: x was quantized per {x.granularity}, but scheme {w.scheme.name!r} wants {w.scheme.activation}"
+        )
+    if w.scheme.weight == "channel":
+        raise ValueError(f"grouped_scaled_matmul: stacks of experts have no scales per channel, got {w.scheme}")
+    _check_groups("grouped_scaled_matmul", x.qvalue.shape, w.shape, sizes)
+    _choose(implementation)
+    return grouped_scaled_matmul_reference(
+        x.qvalue,
+        x.scale,
+        w.qvalue,
+        w.scale,
+        sizes,
+        rows=rows,
+        row_weight=row_weight,
+        row_groups=w.row_groups,
+        out_dtype=out_dtype,
+    )
+
+
+def grouped_matmul(
+    x: jax.Array,
+    w: jax.Array,
+    sizes: jax.Array,
+    *,
+    rows: jax.Array | None = None,
+    row_weight: jax.Array | None = None,
+) -> jax.Array:
+    """The same with unquantized experts.
+
+    Args:
+        x: float `[m, k]`.
+        w: stack `[e, n, k]` of the same dtype.
+        sizes, rows, row_weight: as in `grouped_scaled_matmul`.
+    Returns:
+        `[r, n]` in the dtype of x.
+    """
+    _check_groups("grouped_matmul", x.shape, w.shape, sizes)
+    return grouped_matmul_reference(x, w, sizes, rows=rows, row_weight=row_weight)
+
+
 def precision_of(dtype: jax.typing.DTypeLike) -> lax.Precision:
     """Full precision for float32 operands; the narrower dtypes have only one."""
     return lax.Precision.HIGHEST if dtype == jnp.float32 else lax.Precision.DEFAULT
+
+
+def _check_groups(name: str, x: tuple[int, ...], w: tuple[int, ...], sizes: jax.Array) -> None:
+    if len(w) != 3 or len(x) != 2 or x[1] != w[2] or sizes.shape != w[:1]:
+        raise ValueError(
+            f"{name}: x [m, k] is {x}, w [e, n, k] is {w} and sizes [e] is {sizes.shape}; e and k must be the same"
+        )
 
 
 def _choose(implementation: Implementation) -> None:

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from fp8jax import exact_division
@@ -126,6 +127,25 @@ def dequantize(q: QArray) -> jax.Array:
             return codes * q.scale
         case "block":
             return codes * expand_block_scale(q.scale, q.shape, row_groups=q.row_groups)
+
+
+def dequantize_rows(q: QArray, rows: np.ndarray) -> jax.Array:
+    """`dequantize(q)[..., rows, :]` without making the rest: float32 `[..., len(rows), k]`.
+
+    Args:
+        q: `[n, k]` or `[e, n, k]`.
+        rows: int `[r]`, known at trace time.
+    """
+    codes = q.qvalue[..., rows, :].astype(jnp.float32)
+    match q.scheme.weight:
+        case "tensor":
+            return codes * q.scale.reshape(*q.shape[:-2], 1, 1)
+        case "channel":
+            return codes * q.scale[..., rows, :]
+        case "block":
+            group, row = np.divmod(rows, q.shape[-2] // q.row_groups)
+            block = group * (q.scale.shape[-2] // q.row_groups) + row // BLOCK
+            return codes * jnp.repeat(q.scale[..., block, :], BLOCK, axis=-1)[..., : q.shape[-1]]
 
 
 def expand_block_scale(scale: jax.Array, shape: tuple[int, ...], *, row_groups: int = 1) -> jax.Array:

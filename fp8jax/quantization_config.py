@@ -248,13 +248,13 @@ def _no_match(entry: IgnoreEntry, known: list[str], shard_names: dict[str, tuple
         hint = f"it matches the fused layer {fused[0]}, which is looked up by its shards: write a pattern for {', '.join(last)}"
     elif entry.pattern is None and (globbed := fnmatch.filter(known, entry.text)):
         regex = "re:" + ".*".join(re.escape(part) for part in entry.text.split("*")) + "$"
-        hint = f"globs are not supported; as a regex it would be {regex!r} ({len(globbed)} layers)"
+        hint = f"globs are not supported; as a regex it would be '{regex}' ({len(globbed)} layers)"
     elif entry.pattern is None and (ends := [n for n in known if n.endswith(f".{text}")]):
-        hint = f"names are matched whole: write {ends[0]!r}, or {'re:.*' + re.escape(text) + '$'!r} for all {len(ends)} layers"
+        hint = f"names are matched whole: write '{ends[0]}', or 're:.*{re.escape(text)}$' for all {len(ends)} layers"
     else:
         close = difflib.get_close_matches(text.removesuffix(".weight"), known, n=3, cutoff=0.0)
         hint = f"the closest layer names are {', '.join(close)}"
-    return f"quantization_config: ignore entry {entry.text!r} matched no layer; {hint}"
+    return f"quantization_config: ignore entry '{entry.text}' matched no layer; {hint}"
 
 
 def described(scheme: Scheme | None) -> dict[str, Any] | None:

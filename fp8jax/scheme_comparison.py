@@ -19,6 +19,7 @@ import dataclasses
 import datetime
 import gc
 import importlib.metadata
+import os
 import platform
 import statistics
 import time
@@ -167,14 +168,16 @@ def compare_schemes(
         )
         del lm  # before the next one is loaded: never more than two models
     device = jax.devices()[0]
+    on_cpu = device.platform == "cpu"
+    host = f", {os.cpu_count()} cores, {platform.machine()}" if on_cpu else ""
     return SchemeComparison(
         model=model,
         text=inputs.source,
         window=inputs.windows.shape[1],
         scored_tokens=inputs.windows[:, 1:].size,
         dtype=dtype,
-        device=f"{device.device_kind} x {jax.device_count()} ({platform.machine()})",
-        on_cpu=device.platform == "cpu",
+        device=f"{jax.device_count()} x {device.device_kind}{host}",
+        on_cpu=on_cpu,
         versions={name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy")},
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         prompts=[str(prompt) for prompt in inputs.prompts],
@@ -240,7 +243,7 @@ def _quantities(comparison: SchemeComparison) -> Mapping[str, Callable[[SchemeRe
             "none" if r.quantized_share is None else f"{r.quantized_share:.2%}"
         ),
         "load, s": lambda r: f"{r.load_seconds:.1f}",
-        "peak host memory, MB": lambda r: f"{r.peak_host_bytes / 1e6:,.0f}",
+        "peak host memory while loading, MB": lambda r: f"{r.peak_host_bytes / 1e6:,.0f}",
         "perplexity": lambda r: f"{r.perplexity:.2f}",
         "KL against bf16, nats": lambda r: f"{r.kl:.4f}",
         "top-1 agreement with bf16": lambda r: f"{r.top1_agreement:.3f}",

@@ -3,16 +3,34 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from fp8jax.models import llama
+from fp8jax.models import granite, granitemoe, llama, mistral, mixtral, olmoe, qwen2, qwen3, qwen3_moe
 from fp8jax.models.decoder import CausalLM, Decoder, DecoderConfig
 from fp8jax.models.hf_config import HFConfig
 
 ARCHITECTURES: dict[str, Callable[..., DecoderConfig]] = {
+    "GraniteForCausalLM": granite.decoder_config,
+    "GraniteMoeForCausalLM": granitemoe.decoder_config,
     "LlamaForCausalLM": llama.decoder_config,
+    "MistralForCausalLM": mistral.decoder_config,
+    "MixtralForCausalLM": mixtral.decoder_config,
+    "OlmoeForCausalLM": olmoe.decoder_config,
+    "Qwen2ForCausalLM": qwen2.decoder_config,
+    "Qwen3ForCausalLM": qwen3.decoder_config,
+    "Qwen3MoeForCausalLM": qwen3_moe.decoder_config,
 }
 """config.json's `architectures[0]` to the function that reads the rest of it."""
 
-_MODEL_TYPES = {"llama": "LlamaForCausalLM"}
+_MODEL_TYPES = {
+    "granite": "GraniteForCausalLM",
+    "granitemoe": "GraniteMoeForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "olmoe": "OlmoeForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+}
 
 __all__ = ["ARCHITECTURES", "CausalLM", "Decoder", "DecoderConfig", "read_decoder_config"]
 

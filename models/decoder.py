@@ -2,6 +2,7 @@
 
     x = embed(tokens) · embedding_multiplier
     for each layer:  x += residual_multiplier · attention(norm(x));   x += residual_multiplier · mlp(norm(x))
+                     (an MLP, or in mixtures of experts a `SparseMoE` in its place)
     logits = lm_head(norm(x)) / logits_divisor
 
 A family is a `DecoderConfig` made from its config.json (see `llama.py`); the forward pass below is the same for all.
@@ -20,6 +21,7 @@ from flax import nnx
 from fp8jax import ops
 from fp8jax.kv_cache import KVCache, LayerCache, empty_cache
 from fp8jax.layers import MLP, Attention, Embedding, Linear, RMSNorm, Step
+from fp8jax.moe import MoEConfig, SparseMoE
 from fp8jax.rotary_embedding import Rope, cos_sin
 
 
@@ -32,6 +34,7 @@ class DecoderConfig:
         qk_norm: RMSNorm of q and k over each head or over the whole projection, before rope.
         clip_qkv: q, k and v are clipped to ± this.
         windows: a layer's attention window, itself included, None for all; one entry a layer.
+        moe: experts and router of the layers that have them; None for a dense model.
         tied: lm_head is the embedding table.
         dtype: of activations and unquantized weights.
     """
@@ -53,6 +56,7 @@ class DecoderConfig:
     qk_norm: Literal["none", "head", "whole"] = "none"
     clip_qkv: float | None = None
     windows: tuple[int | None, ...] = ()
+    moe: MoEConfig | None = None
     tied: bool = False
     embedding_multiplier: float = 1.0
     residual_multiplier: float = 1.0
@@ -61,6 +65,9 @@ class DecoderConfig:
 
     def window(self, layer: int) -> int | None:
         return self.windows[layer] if self.windows else None
+
+    def has_experts(self, layer: int) -> bool:
+        return self.moe is not None and layer not in self.moe.dense_layers
 
 
 class DecoderLayer(nnx.Module):
@@ -74,7 +81,9 @@ class DecoderLayer(nnx.Module):
         self.input_layernorm = norm()
         self.self_attn = Attention(config, window=config.window(index))
         self.post_attention_layernorm = norm()
-        self.mlp = MLP(config, intermediate_size=config.intermediate_size)
+        self.mlp = (
+            SparseMoE(config) if config.has_experts(index) else MLP(config, intermediate_size=config.intermediate_size)
+        )
 
     def __call__(self, x: jax.Array, step: Step, cache: LayerCache | None) -> tuple[jax.Array, LayerCache | None]:
         attended, cache = self.self_attn(self.input_layernorm(x), step, cache)

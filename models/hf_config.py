@@ -6,7 +6,7 @@ A field that nobody reads is how a model comes out as gibberish. A family takes 
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from fp8jax.rotary_embedding import ROPE_TYPES, Rope
 
@@ -45,6 +45,10 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "embedding_multiplier": (1, 1.0),
     "residual_multiplier": (1, 1.0),
     "clip_qkv": (),
+    "norm_topk_prob": (False,),
+    "decoder_sparse_step": (1,),
+    "mlp_only_layers": ([],),
+    "shared_expert_intermediate_size": (0,),
 }
 
 
@@ -95,6 +99,10 @@ class HFConfig:
     def flag(self, key: str, default: bool) -> bool:
         """A field that is true or false."""
         return self.take(key, default, kind=bool)
+
+    def yes_or_no(self, key: str) -> Literal["yes", "no"]:
+        """A field that is true or false, as `DecoderConfig` takes it; absent is no."""
+        return "yes" if self.flag(key, False) else "no"
 
     def has(self, key: str) -> bool:
         """Whether the field is there at all, null included."""

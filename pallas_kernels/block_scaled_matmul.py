@@ -2,13 +2,14 @@
 
     out[m, n] = Σ_g ( Σ_{k in g} x[m, k] · w[n, k] ) · x_scale[m, g] · w_scale[n / 128, g] + bias[n]
 
-g counts groups of 128 along k; the last one may be shorter. Each group's partial sum is scaled and added in float32, which also keeps
-the short accumulator of Hopper's FP8 tensor cores from losing bits over a long k. Source: DeepSeek-V3's recipe, as in vLLM's
-`w8a8_block_fp8_matmul`; the bias is added before the cast.
+g counts groups of 128 along k; the last one may be shorter. Each group's partial sum is scaled and added in float32,
+which also keeps the short accumulator of Hopper's FP8 tensor cores from losing bits over a long k. Source:
+DeepSeek-V3's recipe, as in vLLM's `w8a8_block_fp8_matmul`; the bias is added before the cast.
 
-In the kernel a step along k is a group: its product starts from zero, and one multiply-add an output applies x_scale · w_scale. The
-scales of the next step are loaded one step ahead, because only operands of a dot are fetched asynchronously. Where k is no multiple of
-16, see `scaled_matmul`; padding codes with zeros to a multiple of 16 leaves the scales as they are.
+In the kernel a step along k is a group: its product starts from zero, and one multiply-add an output applies x_scale
+· w_scale. The scales of the next step are loaded one step ahead, because only operands of a dot are fetched
+asynchronously. Where k is no multiple of 16, see `scaled_matmul`; padding codes with zeros to a multiple of 16 leaves
+the scales as they are.
 """
 
 import functools

@@ -8,16 +8,18 @@
 | group       | 128 inputs of a row, the last group its rest   | `[m, ⌈k/128⌉]`  |
 | tensor      | all valid rows                                 | `[1]`           |
 
-The floor keeps an all-zero row finite (s = floor, q = 0). Divisions here may be off by one unit in the last place, since XLA and GPUs
-divide approximately: fewer than 0.2 % of the codes differ from exact division, none by more than one step. A NaN or Inf among the
-inputs gives NaN codes, hence a NaN result, never a plausible number. Source: vLLM 0.20.2, `QuantFP8.forward_native`.
+The floor keeps an all-zero row finite (s = floor, q = 0). Divisions here may be off by one unit in the last place,
+since XLA and GPUs divide approximately: fewer than 0.2 % of the codes differ from exact division, none by more than
+one step. A NaN or Inf among the inputs gives NaN codes, hence a NaN result, never a plausible number. Source: vLLM
+0.20.2, `QuantFP8.forward_native`.
 
-The kernel is bound by memory, so it reads x once: a program holds its whole tile in registers, an entire row for "token" and any
-multiple of 128 columns for "group". "tensor" needs a maximum over all programs first, which XLA's two fusions do as well as a kernel.
-The fused kernels (`rms_norm_quantize.py`, `silu_mul_quantize.py`) compute a tile and end in the same `store_quantized`.
+The kernel is bound by memory, so it reads x once: a program holds its whole tile in registers, an entire row for
+"token" and any multiple of 128 columns for "group". "tensor" needs a maximum over all programs first, which XLA's two
+fusions do as well as a kernel. The fused kernels (`rms_norm_quantize.py`, `silu_mul_quantize.py`) compute a tile and
+end in the same `store_quantized`.
 
-Group scales come in two layouts: "mg" is the `[m, groups]` of the table, "gm" is `[groups, m]`. A tile of the block-scaled matmul
-needs one group's scales of many rows at a time; in "gm" they are neighbours in memory.
+Group scales come in two layouts: "mg" is the `[m, groups]` of the table, "gm" is `[groups, m]`. A tile of the
+block-scaled matmul needs one group's scales of many rows at a time; in "gm" they are neighbours in memory.
 """
 
 import functools
@@ -160,8 +162,8 @@ def supported(m: int, k: int, dtype: jax.typing.DTypeLike, granularity: Activati
 def default_config(m: int, k: int, granularity: ActivationGranularity) -> Config:
     """16 to 32 values a thread: enough 16-byte loads in flight, few registers.
 
-    A "token" program takes one row, or several short ones; a "group" program takes up to 4 rows × 8 groups, and fewer rows where m is
-    small, since a decode step wants many programs rather than big ones.
+    A "token" program takes one row, or several short ones; a "group" program takes up to 4 rows × 8 groups, and fewer
+    rows where m is small, since a decode step wants many programs rather than big ones.
     """
     columns = power_of_two(k)
     if granularity == "token":
@@ -275,7 +277,10 @@ def scale_of(amax: jax.Array) -> jax.Array:
 
 
 def codes_of(x: jax.Array, reciprocal: jax.Array) -> jax.Array:
-    """x · (1/s) as codes, where the kernels and the reference must agree: clipped, because JAX's cast gives NaN above 464 instead of
-    saturating, and by comparisons, because min and max drop a NaN in Triton."""
+    """x · (1/s) as codes; works in kernels too.
+
+    Clipped, because JAX's cast gives NaN above 464 instead of saturating; by comparisons, because min and max drop a
+    NaN in Triton.
+    """
     x, lowest, highest = x * reciprocal, jnp.float32(-E4M3_MAX), jnp.float32(E4M3_MAX)
     return jnp.where(x > highest, highest, jnp.where(x < lowest, lowest, x)).astype(jnp.float8_e4m3fn)

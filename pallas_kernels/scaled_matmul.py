@@ -2,12 +2,12 @@
 
     out[m, n] = (Σ_k x[m, k] · w[n, k]) · x_scale[m] · w_scale[n] + bias[n]
 
-The sum runs over e4m3 codes with a float32 accumulator; scales, bias and the cast come once, at the end. The weight is `[n, k]`
-as in the checkpoint: both operands are contiguous in k, which is what FP8 tensor cores read. Source: vLLM's CUTLASS epilogue
-(`cutlass_scaled_mm`), with the bias added before the cast.
+The sum runs over e4m3 codes with a float32 accumulator; scales, bias and the cast come once, at the end. The weight
+is `[n, k]` as in the checkpoint: both operands are contiguous in k, which is what FP8 tensor cores read. Source:
+vLLM's CUTLASS epilogue (`cutlass_scaled_mm`), with the bias added before the cast.
 
-The kernel works for every k; where k is no multiple of 16, rows start at unaligned addresses and its copies shrink to a few bytes, so
-pad codes of both operands with zeros to a multiple of 16 once, rather than pay in each call.
+The kernel works for every k; where k is no multiple of 16, rows start at unaligned addresses and its copies shrink to
+a few bytes, so pad codes of both operands with zeros to a multiple of 16 once, rather than pay in each call.
 """
 
 import functools
@@ -134,7 +134,9 @@ def _run(x, x_scale, w, w_scale, bias, out_dtype, config: Config | None, interpr
     problem = matmul_tiles.Problem(m, n, k, config)
     kernel = kernel_of(problem, scale_per_row=x_scale.size == m, scale_per_channel=w_scale.size == n)
     operands = [x, x_scale.reshape(-1), w, w_scale.reshape(-1)] + ([] if bias is None else [bias])
-    return matmul_tiles.launch(kernel, problem, operands, out_dtype=out_dtype, name="scaled_matmul", interpret=interpret)
+    return matmul_tiles.launch(
+        kernel, problem, operands, out_dtype=out_dtype, name="scaled_matmul", interpret=interpret
+    )
 
 
 def kernel_of(problem: matmul_tiles.Problem, *, scale_per_row: bool, scale_per_channel: bool) -> Callable[..., None]:

@@ -1,0 +1,228 @@
+"""Mixture of experts: a router sends each token to top_k of e experts, and their outputs are added by weight.
+
+    logits = x @ gate.T                        [t, e], in the activations' dtype; what follows of the router is float32
+    experts, weights = route(logits)           [t, k] each
+    slots: the t · k (token, choice) pairs, sorted by expert; a stable sort, so that the order is always the same
+    y[slot] = down_e(silu(gate_e(x)) · up_e(x)) · weight,  e the slot's expert
+    out[token] = y[slot of choice 1] + … + y[slot of choice k]       in float32, in the order of the choices
+
+Experts are two stacks, `gate_up_proj` [e, 2i, h] (gate rows first) and `down_proj` [e, h, i], each an array or a `QArray`.
+All shapes are static: what depends on the routing is only which slots belong to whom (`pallas_kernels/grouped_matmul.py`).
+Tokens that are padding are sorted behind everything, belong to no expert and come out as zeros. Activations are quantized
+per token or per group, so a token's result does not depend on who shares its batch.
+
+Families differ in the router alone, and say how in a `MoEConfig`:
+
+    softmax over      "all" experts, then top-k of the probabilities          Mixtral, Qwen3-MoE, OLMoE
+                      the "chosen" k logits                                   GraniteMoE
+    renormalise       the k probabilities are divided by their sum            Mixtral; Qwen3-MoE if norm_topk_prob
+    weight dtype      weights rounded to the activations' dtype, or float32   all but Mixtral; Mixtral
+
+Source: the routers of transformers 5.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from fp8jax import ops
+from fp8jax.layers import Step, silu_mul
+from fp8jax.qarray import QArray
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertNames:
+    """What the tensors of an MoE block are called in a checkpoint, below "model.layers.3.".
+
+    Args:
+        router: the router's weight `[e, h]`.
+        gate_up: names that stack along rows to gate and up. With "{e}" in them, one name of gate and one of up an expert;
+            without, one tensor `[e, 2i, h]` of all experts.
+        down: the same for down, `[h, i]` an expert or `[e, h, i]`.
+    """
+
+    router: str
+    gate_up: tuple[str, ...]
+    down: str
+
+    @property
+    def experts(self) -> str:
+        """The name of the experts as a module, "mlp.experts"."""
+        return f"{self.router.partition('.')[0]}.experts"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEConfig:
+    """The experts and the router of a family, in numbers and words; see the module's table.
+
+    Args:
+        num_experts: e.
+        top_k: experts a token goes to.
+        intermediate_size: width i of an expert.
+        softmax_over: "all" or "chosen".
+        renormalise: whether the chosen probabilities are divided by their sum.
+        weight_dtype: dtype that the weights are rounded to.
+        dense_layers: the layers that have an ordinary MLP instead.
+        names: how the tensors may be called in a checkpoint, the family's own way first.
+    """
+
+    num_experts: int
+    top_k: int
+    intermediate_size: int
+    softmax_over: Literal["all", "chosen"]
+    renormalise: Literal["yes", "no"]
+    weight_dtype: Literal["activation", "float32"]
+    names: tuple[ExpertNames, ...]
+    dense_layers: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.top_k <= self.num_experts:
+            raise ValueError(f"a token cannot go to {self.top_k} experts of {self.num_experts}")
+
+
+class Slots(NamedTuple):
+    """The pairs (token, choice), sorted by expert, stably.
+
+    row int32 `[r]`: the token of a slot; choice int32 `[r]`: the pair's index in `[t, k]` flattened; sizes int32 `[e]`: slots
+    of each expert; of_choice int32 `[t, k]`: where each pair went.
+    """
+
+    row: jax.Array
+    choice: jax.Array
+    sizes: jax.Array
+    of_choice: jax.Array
+
+
+class Router(nnx.Module):
+    """The weight `[e, h]` whose product with a token is its affinity to each expert. Never quantized."""
+
+    def __init__(self, num_experts: int, hidden: int, *, dtype):
+        self.weight: Any = nnx.data(jax.ShapeDtypeStruct((num_experts, hidden), dtype))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return ops.matmul(x, self.weight)
+
+
+class Experts(nnx.Module):
+    """The stacks of all experts of a layer."""
+
+    def __init__(self, config: MoEConfig, hidden: int, *, dtype):
+        e, i = config.num_experts, config.intermediate_size
+        self.gate_up_proj: Any = nnx.data(jax.ShapeDtypeStruct((e, 2 * i, hidden), dtype))
+        self.down_proj: Any = nnx.data(jax.ShapeDtypeStruct((e, hidden, i), dtype))
+
+    def __call__(
+        self,
+        x: jax.Array,
+        experts: jax.Array,
+        weights: jax.Array,
+        *,
+        valid: jax.Array | None = None,
+        implementation: ops.Implementation = "auto",
+    ) -> jax.Array:
+        """The weighted sum of what each token's experts say.
+
+        Args:
+            x: float `[t, h]`.
+            experts: int32 `[t, k]`, different ones in a row.
+            weights: float32 `[t, k]`.
+            valid: bool `[t]`, which tokens are not padding; None for all.
+            implementation: what runs the products, see `ops`.
+        Returns:
+            `[t, h]` in the dtype of x; zeros for padding.
+        """
+        slots = sort_by_expert(experts, self.gate_up_proj.shape[0], valid)
+        product = functools.partial(_grouped, sizes=slots.sizes, implementation=implementation)
+        gate_up = product(x, self.gate_up_proj, rows=slots.row, valid=valid)
+        in_use = jnp.arange(slots.row.size, dtype=jnp.int32) < jnp.sum(slots.sizes)
+        y = product(silu_mul(gate_up), self.down_proj, row_weight=weights.reshape(-1)[slots.choice], valid=in_use)
+        parts = (y[slots.of_choice[:, j]].astype(jnp.float32) for j in range(experts.shape[1]))
+        return functools.reduce(jnp.add, parts).astype(x.dtype)
+
+
+class SparseMoE(nnx.Module):
+    """Router and experts, in the place of an MLP.
+
+    Args:
+        config: a `DecoderConfig` whose `moe` is set.
+    """
+
+    def __init__(self, config):
+        self.config: MoEConfig = config.moe
+        self.gate = Router(config.moe.num_experts, config.hidden_size, dtype=config.dtype)
+        self.experts = Experts(config.moe, config.hidden_size, dtype=config.dtype)
+
+    def __call__(self, x: jax.Array, step: Step) -> jax.Array:
+        tokens = x.reshape(-1, x.shape[-1])
+        experts, weights = route(self.gate(tokens), self.config)
+        valid = None if step.valid is None else step.valid.reshape(-1)
+        out = self.experts(tokens, experts, weights, valid=valid, implementation=step.implementation)
+        return out.reshape(x.shape)
+
+
+def route(logits: jax.Array, config: MoEConfig) -> tuple[jax.Array, jax.Array]:
+    """Choose experts and weigh them.
+
+    Args:
+        logits: float `[t, e]`.
+        config: the family's way.
+    Returns:
+        experts int32 `[t, k]`, the strongest first, of equals the lower index; weights float32 `[t, k]`.
+    """
+    wide = _rounded(logits.astype(jnp.float32), logits.dtype)
+    if config.softmax_over == "chosen":
+        strongest, experts = lax.top_k(wide, config.top_k)
+        weights = jax.nn.softmax(strongest, axis=-1)
+    else:
+        weights, experts = lax.top_k(jax.nn.softmax(wide, axis=-1), config.top_k)
+    if config.renormalise == "yes":
+        weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+    if config.weight_dtype == "activation":
+        weights = _rounded(weights, logits.dtype)
+    return experts, weights
+
+
+def sort_by_expert(experts: jax.Array, num_experts: int, valid: jax.Array | None = None) -> Slots:
+    """Sort the pairs (token, choice) by expert; those of padding come last and belong to no one.
+
+    Args:
+        experts: int32 `[t, k]`.
+        num_experts: e.
+        valid: bool `[t]`, which tokens are not padding; None for all.
+    """
+    t, k = experts.shape
+    if valid is not None:
+        experts = jnp.where(valid[:, None], experts, jnp.int32(num_experts))
+    key = experts.reshape(-1)
+    order = jnp.argsort(key, stable=True).astype(jnp.int32)
+    place = jnp.zeros(t * k, jnp.int32).at[order].set(jnp.arange(t * k, dtype=jnp.int32), unique_indices=True)
+    sizes = jnp.zeros(num_experts, jnp.int32).at[key].add(1, mode="drop")
+    return Slots(row=order // k, choice=order, sizes=sizes, of_choice=place.reshape(t, k))
+
+
+def _grouped(
+    x: jax.Array,
+    w: jax.Array | QArray,
+    *,
+    sizes: jax.Array,
+    rows: jax.Array | None = None,
+    row_weight: jax.Array | None = None,
+    valid: jax.Array | None = None,
+    implementation: ops.Implementation,
+) -> jax.Array:
+    if isinstance(w, QArray):
+        return ops.grouped_scaled_matmul(
+            x, w, sizes, rows=rows, row_weight=row_weight, valid=valid, implementation=implementation
+        )
+    return ops.grouped_matmul(x, w, sizes, rows=rows, row_weight=row_weight)
+
+
+def _rounded(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    # A cast to bfloat16 and back is something that XLA may leave out.
+    info = jnp.finfo(dtype)
+    return lax.reduce_precision(x, exponent_bits=info.nexp, mantissa_bits=info.nmant)

@@ -1,0 +1,217 @@
+"""Which tensors of a checkpoint make which weight of a model, and whether the two fit at all.
+
+The model is built abstract: its weights are shapes. `model_parameters` walks it and lists a `Parameter` for each weight, with
+the names and shapes of the tensors that it is made of:
+
+    model.layers.0.self_attn.qkv_proj              q_proj.weight, k_proj.weight, v_proj.weight, stacked along rows
+    model.layers.0.mlp.experts.gate_up_proj        experts.0.gate_proj.weight, experts.0.up_proj.weight, experts.1.…
+                                                   or one tensor [e, 2i, h], whichever way the checkpoint writes it
+
+`check_against` compares the list with the headers: what is missing, unknown, misshapen or of another kind of number comes out as
+one error, before any work.
+"""
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import numpy as np
+from flax import nnx
+
+from fp8jax.checkpoint import Checkpoint, CheckpointError
+from fp8jax.layers import Linear
+from fp8jax.models import CausalLM, DecoderConfig
+from fp8jax.moe import ExpertNames, Router, SparseMoE
+from fp8jax.quantization_config import LayerKind
+
+_FLOAT_DTYPES = ("bfloat16", "float16", "float32")
+# Buffers that old checkpoints carry and that follow from config.json.
+_DERIVED_TENSORS = re.compile(r".*\.(rotary_emb\.inv_freq|self_attn\.(masked_bias|bias))")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parameter:
+    """One weight of the model and where it comes from.
+
+    Args:
+        module, attribute: where it goes.
+        name: the module's name; the attribute is not part of it.
+        sources: the checkpoint's tensors that are stacked along the first dimension to make it, with the shape each must
+            have.
+        shape: its shape.
+        kind: what it counts as for the quantization config.
+        shards: last components of the unfused names, for `ignore`.
+    """
+
+    module: nnx.Module
+    attribute: str
+    name: str
+    sources: tuple[tuple[str, tuple[int, ...]], ...]
+    shape: tuple[int, ...]
+    kind: LayerKind | Literal["other"]
+    shards: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertParameter(Parameter):
+    """One weight of all experts of a layer, `[e, n, k]`.
+
+    Args:
+        sources: each expert's shards in turn, or one tensor of the stack's shape.
+        row_groups: 2 for gate and up, which share no block and are looked at apart in the report; 1 for down.
+        alias: what the family's own files call the experts, where that is not `name`; `ignore` may say it too.
+    """
+
+    row_groups: int
+    alias: str
+
+    def shards_of(self, checkpoint: Checkpoint, expert: int) -> tuple[list[str], list[np.ndarray]]:
+        """Of each row group of one expert the source and the view `[n / row_groups, k]`."""
+        if len(self.sources) > 1:
+            first = expert * self.row_groups
+            sources = [source for source, _ in self.sources[first : first + self.row_groups]]
+            return sources, [checkpoint.read(source) for source in sources]
+        ((source, _),) = self.sources
+        return [source] * self.row_groups, np.split(checkpoint.read(source)[expert], self.row_groups)
+
+
+def model_parameters(model: CausalLM, tensors: Collection[str]) -> Iterator[Parameter]:
+    """Every weight of a model and what it is made of, in the order of the forward pass.
+
+    Args:
+        model: abstract.
+        tensors: the names in the checkpoint, which decide where there are several ways to write the same weight.
+    """
+    for path, module in nnx.iter_modules(model):
+        name = ".".join(str(part) for part in path)
+        if isinstance(module, Linear):
+            yield from _linear_parameters(name, module)
+        elif isinstance(module, SparseMoE):
+            yield from _moe_parameters(name, module, tensors)
+        elif isinstance(getattr(module, "weight", None), jax.ShapeDtypeStruct) and not isinstance(module, Router):
+            yield _plain_parameter(module, name, f"{name}.weight")
+
+
+def _linear_parameters(name: str, module: Linear) -> Iterator[Parameter]:
+    parent, _, last = name.rpartition(".")
+    prefix = f"{parent}." if parent else ""
+    names = [f"{prefix}{shard}" for shard, _ in module.shards]
+    n, k = module.weight.shape
+    yield Parameter(
+        module=module,
+        attribute="weight",
+        name=name,
+        sources=tuple((f"{source}.weight", (rows, k)) for source, (_, rows) in zip(names, module.shards, strict=True)),
+        shape=(n, k),
+        kind="other" if last == "lm_head" else "linear",
+        shards=tuple(shard for shard, _ in module.shards),
+    )
+    if module.bias is not None:
+        yield Parameter(
+            module=module,
+            attribute="bias",
+            name=name,
+            sources=tuple((f"{source}.bias", (rows,)) for source, (_, rows) in zip(names, module.shards, strict=True)),
+            shape=(n,),
+            kind="other",
+        )
+
+
+def _plain_parameter(module: nnx.Module, name: str, source: str) -> Parameter:
+    shape = module.weight.shape  # pyright: ignore[reportAttributeAccessIssue]
+    return Parameter(
+        module=module, attribute="weight", name=name, sources=((source, shape),), shape=shape, kind="other"
+    )
+
+
+def _moe_parameters(name: str, module: SparseMoE, tensors: Collection[str]) -> Iterator[Parameter]:
+    """The router and the two stacks of one layer."""
+    layer = name.rpartition(".")[0]
+    num_experts = module.config.num_experts
+    names = _names_in_use(module.config.names, layer, num_experts, tensors)
+    yield _plain_parameter(module.gate, f"{name}.gate", f"{layer}.{names.router}")
+    for attribute, source_names, row_groups in (("gate_up_proj", names.gate_up, 2), ("down_proj", (names.down,), 1)):
+        e, n, k = shape = getattr(module.experts, attribute).shape
+        whole = "{e}" not in source_names[0]
+        yield ExpertParameter(
+            module=module.experts,
+            attribute=attribute,
+            name=f"{name}.experts",
+            sources=tuple(
+                (source, shape if whole else (n // row_groups, k))
+                for source in _written_out(source_names, layer, num_experts)
+            ),
+            shape=(e, n, k),
+            kind="moe",
+            row_groups=row_groups,
+            alias=f"{layer}.{module.config.names[0].experts}",
+        )
+
+
+def _names_in_use(known: Sequence[ExpertNames], layer: str, num_experts: int, tensors: Collection[str]) -> ExpertNames:
+    """The way of writing a layer's experts that most of its names are in the checkpoint of; the first of equals."""
+
+    def share_present(names: ExpertNames) -> float:
+        wanted = _written_out((names.router, *names.gate_up, names.down), layer, num_experts)
+        return sum(name in tensors for name in wanted) / len(wanted)
+
+    return max(known, key=share_present)
+
+
+def _written_out(names: Sequence[str], layer: str, num_experts: int) -> list[str]:
+    """Full names: those of expert 0, those of expert 1, …; a name without "{e}" stands once."""
+    written = [f"{layer}.{name.replace('{e}', str(e))}" for e in range(num_experts) for name in names]
+    return list(dict.fromkeys(written))
+
+
+def tied_as_stored(config: DecoderConfig, checkpoint: Checkpoint) -> DecoderConfig:
+    """The config with `tied` as the files have it: an lm_head of its own wins over the flag, an equal one is not held
+    twice."""
+    head, table = "lm_head.weight", "model.embed_tokens.weight"
+    if not config.tied or head not in checkpoint.tensors or table not in checkpoint.tensors:
+        return config
+    one, other = checkpoint.tensors[head], checkpoint.tensors[table]
+    if (one.shape, one.dtype) == (other.shape, other.dtype):
+        one_bytes, other_bytes = (checkpoint.read(name).reshape(-1).view(np.uint8) for name in (head, table))
+        if np.array_equal(one_bytes, other_bytes):
+            return config
+    return dataclasses.replace(config, tied=False)
+
+
+def check_against(checkpoint: Checkpoint, parameters: Sequence[Parameter]) -> None:
+    """Compare names, shapes and dtypes of the model and of the headers.
+
+    Raises:
+        CheckpointError: lists all faults.
+    """
+    faults = []
+    wanted = {source: shape for p in parameters for source, shape in p.sources}
+    for source, shape in wanted.items():
+        info = checkpoint.tensors.get(source)
+        if info is None:
+            close = difflib.get_close_matches(source, set(checkpoint.tensors) - set(wanted), n=1)
+            hint = f"; the checkpoint has {close[0]!r}, which the model does not" if close else ""
+            faults.append(f"{source}: missing, config.json asks for shape {list(shape)}{hint}")
+        elif tuple(info.shape) != shape:
+            faults.append(
+                f"{source}: the checkpoint has shape {list(info.shape)}, config.json says {list(shape)}; do the two files belong "
+                "together?"
+            )
+        elif info.dtype.name not in _FLOAT_DTYPES:
+            faults.append(
+                f"{source}: dtype {info.dtype.name}; online quantization starts from {', '.join(_FLOAT_DTYPES)} weights"
+            )
+    for name in sorted(
+        set(checkpoint.tensors) - set(wanted) - {"lm_head.weight"}
+    ):  # a tied head was seen to in `tied_as_stored`
+        if not _DERIVED_TENSORS.fullmatch(name):
+            faults.append(
+                f"{name}: in the checkpoint, but no weight of this architecture; config.json may ask for too few layers, or for a "
+                "switch (a bias, say) that it leaves out"
+            )
+    if faults:
+        raise CheckpointError.gather(str(checkpoint.folder), faults)

@@ -1,0 +1,42 @@
+"""What the tensors of a mixture of experts are called in checkpoints, as several families share it.
+
+Published files keep the names of the code they were trained with: one matrix an expert, or GraniteMoE's two stacks.
+transformers 5 holds every family's experts as stacks and writes the old names back, but files with the stacks' own names
+exist too. A family lists its own way first and what else is accepted after it; a layer is read in the way that most of its
+tensors are written in.
+"""
+
+from typing import Any
+
+from fp8jax.models.hf_config import HFConfig
+from fp8jax.moe import ExpertNames, MoEConfig
+
+PER_EXPERT = ExpertNames(
+    router="mlp.gate.weight",
+    gate_up=("mlp.experts.{e}.gate_proj.weight", "mlp.experts.{e}.up_proj.weight"),
+    down="mlp.experts.{e}.down_proj.weight",
+)
+STACKED = ExpertNames(router="mlp.gate.weight", gate_up=("mlp.experts.gate_up_proj",), down="mlp.experts.down_proj")
+
+
+def read_moe(config: HFConfig, **differences: Any) -> MoEConfig:
+    """The experts of a config.json: their number and the choices of a token, in either spelling.
+
+    Args:
+        config: the file.
+        differences: the fields of `MoEConfig` that the family sets itself.
+    Raises:
+        ValueError: a number is missing or wrong, or the two spellings disagree.
+    """
+    counts = {key: config.size(key, None) for key in ("num_local_experts", "num_experts")}
+    found = {count for count in counts.values() if count is not None}
+    if len(found) != 1:
+        raise ValueError(
+            f"{config.where}: num_experts or num_local_experts must give one number of experts, got {counts}"
+        )
+    num_experts, top_k = found.pop(), config.size("num_experts_per_tok")
+    if top_k > num_experts:
+        raise ValueError(
+            f"{config.where}: num_experts_per_tok is {top_k}, but there are only {num_experts} experts to choose from"
+        )
+    return MoEConfig(num_experts=num_experts, top_k=top_k, **differences)

@@ -1,0 +1,197 @@
+"""Products of sorted rows with a stack of experts: every row meets the weight of its own expert and no other.
+
+Rows are sorted by expert into *slots*: the first sizes[0] slots are expert 0's, the next sizes[1] expert 1's, and so on.
+
+    out[slot] = x[rows[slot]] @ w[expert of slot].T · row_weight[slot]          x [m, k], w [e, n, k], out [r, n]
+
+The number of slots r is static (tokens × top_k), the sizes are not. Slots beyond their sum belong to no one (padding) and
+give zeros. Work is cut into *tiles* of `block_m` slots of one expert. An expert with s slots has ⌈s / block_m⌉ tiles, so
+there are never more than ⌈r / block_m⌉ + min(e, r): that is the grid of a kernel, of which `Tiles.count` do something. An
+expert without slots has no tile, hence a decode step reads the weights of the experts that were routed to and no others.
+
+Quantized stacks have one scale an expert `[e]`, or blocks `[e, row_groups · ⌈n/row_groups/128⌉, ⌈k/128⌉]` laid out in each
+row group for itself (see `qarray`); the products of a tile are those of `scaled_matmul` and `block_scaled_matmul`.
+
+The reference loops over the used tiles and takes one expert's weight at a time to float32: its work and memory follow the
+rows, not e times the rows. A kernel has to refuse stacks of 2 to 4 GiB, which Pallas-Triton addresses wrongly (32-bit
+offsets); the reference takes them.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from fp8jax.pallas_kernels.block_scaled_matmul import block_scaled_matmul_reference
+from fp8jax.pallas_kernels.scaled_matmul import scaled_matmul_reference
+
+
+class Tiles(NamedTuple):
+    """The work list: tile j is slots start[j] … end[j] − 1, all of expert[j]; tiles from `count` on are empty.
+
+    expert, start, end are int32 `[tile_bound]`, count is int32 `[]`. Tiles are in the order of their slots.
+    """
+
+    expert: jax.Array
+    start: jax.Array
+    end: jax.Array
+    count: jax.Array
+
+
+def tile_bound(slots: int, num_experts: int, block_m: int) -> int:
+    """The most tiles that any routing of this many slots can have."""
+    return -(-slots // block_m) + min(num_experts, slots)
+
+
+def tile_list(sizes: jax.Array, slots: int, block_m: int) -> Tiles:
+    """Cut groups of slots into tiles.
+
+    Args:
+        sizes: int32 `[e]`, slots of each expert; their sum is at most `slots`.
+        slots: how many there are in all.
+        block_m: the most slots of a tile.
+    """
+    sizes = sizes.astype(jnp.int32)
+    num_experts = sizes.shape[0]
+    ends = jnp.cumsum(sizes, dtype=jnp.int32)
+    tiles = (sizes + (block_m - 1)) // block_m
+    last = jnp.cumsum(tiles, dtype=jnp.int32)  # the tiles of this expert and of all before it
+    index = jnp.arange(tile_bound(slots, num_experts, block_m), dtype=jnp.int32)
+    expert = jnp.sum((last[None, :] <= index[:, None]).astype(jnp.int32), axis=1, dtype=jnp.int32)
+    used = expert < num_experts
+    expert = jnp.minimum(expert, num_experts - 1)
+    start = (ends - sizes)[expert] + (index - (last - tiles)[expert]) * block_m
+    start = jnp.where(used, start, slots)
+    end = jnp.where(used, jnp.minimum(start + block_m, ends[expert]), slots)
+    return Tiles(expert, start, end, last[-1])
+
+
+def grouped_scaled_matmul_reference(
+    x: jax.Array,
+    x_scale: jax.Array,
+    w: jax.Array,
+    w_scale: jax.Array,
+    sizes: jax.Array,
+    *,
+    rows: jax.Array | None = None,
+    row_weight: jax.Array | None = None,
+    row_groups: int = 1,
+    out_dtype: jax.typing.DTypeLike = jnp.bfloat16,
+    block_m: int | None = None,
+) -> jax.Array:
+    """The specification for quantized experts.
+
+    Args:
+        x: float8_e4m3fn `[m, k]`.
+        x_scale: float32 `[m, 1]`, `[1]` for one scale over all rows, or `[m, ⌈k/128⌉]` with block scales.
+        w: float8_e4m3fn `[e, n, k]`.
+        w_scale: float32 `[e]`, or `[e, row_groups · ⌈n/row_groups/128⌉, ⌈k/128⌉]`.
+        sizes: int32 `[e]`, slots of each expert.
+        rows: int32 `[r]`, the row of x that a slot reads; None where slot i reads row i.
+        row_weight: float32 `[r]`, multiplies a slot's result in float32.
+        row_groups: into how many equal groups of rows the blocks were laid out.
+        out_dtype: dtype of the result.
+        block_m: slots a tile; by default what suits r and e.
+    Returns:
+        `[r, n]`, zeros in slots beyond the sum of the sizes.
+    """
+
+    def product(expert: jax.Array, tile_rows: jax.Array) -> jax.Array:
+        codes, weight, scale = x[tile_rows], _pick_codes(w, expert), _pick(w_scale, expert)
+        tile_scale = x_scale if x_scale.shape == (1,) else x_scale[tile_rows]
+        if w_scale.ndim == 1:
+            return scaled_matmul_reference(codes, tile_scale, weight, scale.reshape(1), out_dtype=jnp.float32)
+        parts = zip(jnp.split(weight, row_groups), jnp.split(scale, row_groups), strict=True)
+        outputs = [
+            block_scaled_matmul_reference(codes, tile_scale, part, part_scale, out_dtype=jnp.float32)
+            for part, part_scale in parts
+        ]
+        return jnp.concatenate(outputs, axis=1)
+
+    return _over_tiles(product, x.shape[0], w, sizes, rows, row_weight, out_dtype, block_m)
+
+
+def grouped_matmul_reference(
+    x: jax.Array,
+    w: jax.Array,
+    sizes: jax.Array,
+    *,
+    rows: jax.Array | None = None,
+    row_weight: jax.Array | None = None,
+    block_m: int | None = None,
+) -> jax.Array:
+    """The same for unquantized experts; float32 means float32, not TF32.
+
+    Args:
+        x: float `[m, k]`.
+        w: `[e, n, k]` of the same dtype.
+        sizes, rows, row_weight, block_m: as in `grouped_scaled_matmul_reference`.
+    Returns:
+        `[r, n]` in the dtype of x.
+    """
+    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else lax.Precision.DEFAULT
+
+    def product(expert: jax.Array, tile_rows: jax.Array) -> jax.Array:
+        contract_last = (((1,), (1,)), ((), ()))
+        return lax.dot_general(
+            x[tile_rows], _pick(w, expert), contract_last, precision=precision, preferred_element_type=jnp.float32
+        )
+
+    return _over_tiles(product, x.shape[0], w, sizes, rows, row_weight, x.dtype, block_m)
+
+
+def default_block_m(slots: int, num_experts: int) -> int:
+    """Slots a tile of the reference: a power of two near what an expert gets, since a tile costs the same when half full."""
+    share = -(-slots // num_experts)
+    return min(128, max(8, 1 << (share - 1).bit_length()))
+
+
+def _pick(stack: jax.Array, expert: jax.Array) -> jax.Array:
+    return lax.dynamic_index_in_dim(stack, expert, axis=0, keepdims=False)
+
+
+def _pick_codes(stack: jax.Array, expert: jax.Array) -> jax.Array:
+    """One expert's FP8 codes, without a look at the others'.
+
+    Where a device has no FP8, XLA moves it about as float16. It would turn the whole stack to float16 in order to take one
+    expert out (bytes it moves as they are), and do so before the loop, once for all tiles (the barrier keeps it inside, where
+    it melts into the slice). On a CPU this is a factor of ten in a decode step, and twice the stack in memory.
+    """
+    stack, expert = lax.optimization_barrier((stack, expert))
+    codes = _pick(lax.bitcast_convert_type(stack, jnp.uint8), expert)
+    return lax.bitcast_convert_type(codes, jnp.float8_e4m3fn)
+
+
+def _over_tiles(
+    product: Callable[[jax.Array, jax.Array], jax.Array],
+    m: int,
+    w: jax.Array,
+    sizes: jax.Array,
+    rows: jax.Array | None,
+    row_weight: jax.Array | None,
+    out_dtype: jax.typing.DTypeLike,
+    block_m: int | None,
+) -> jax.Array:
+    """Run `product(expert, rows of x [block_m])`, float32 `[block_m, n]`, over the used tiles."""
+    rows = jnp.arange(m, dtype=jnp.int32) if rows is None else rows
+    slots, (num_experts, n, _) = rows.shape[0], w.shape
+    block_m = block_m or default_block_m(slots, num_experts)
+    tiles = tile_list(sizes, slots, block_m)
+    # Arrays are a tile longer than they need be, so that the last tile may start anywhere.
+    rows = jnp.pad(rows, (0, block_m))
+    row_weight = None if row_weight is None else jnp.pad(row_weight, (0, block_m))
+
+    def add_tile(j: jax.Array, out: jax.Array) -> jax.Array:
+        start = tiles.start[j]
+        values = product(tiles.expert[j], lax.dynamic_slice(rows, (start,), (block_m,)))
+        if row_weight is not None:
+            values = values * lax.dynamic_slice(row_weight, (start,), (block_m,))[:, None]
+        inside = start + jnp.arange(block_m, dtype=jnp.int32) < tiles.end[j]
+        values = jnp.where(inside[:, None], values, jnp.float32(0)).astype(out_dtype)
+        # Behind a short tile lie slots of the next expert. They are zeros for now, since tiles come in slot order.
+        return lax.dynamic_update_slice(out, values, (start, jnp.int32(0)))
+
+    out = lax.fori_loop(jnp.int32(0), tiles.count, add_tile, jnp.zeros((slots + block_m, n), out_dtype))
+    return out[:slots]

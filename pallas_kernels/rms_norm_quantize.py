@@ -1,0 +1,154 @@
+"""Residual add, RMSNorm and quantization of its result, in one pass over the row.
+
+    stream = residual + multiplier · x                              (rounded to the activation dtype, as the model adds)
+    y      = round(stream / √(mean(stream²) + ε)) · weight          (statistics in float32, both steps rounded)
+    codes, scale = quantize(y)
+
+A layer normalises what it adds to, and quantizes what it normalises: three reads and two writes of the row become one
+read of each input and one write of each output, and y itself never reaches memory. A program owns whole rows, since
+both the mean square and a token's scale need all of one. x may also be the float32 partial sums `[splits, m, h]` of a
+split-K product, which saves the kernel that would add them up. Source of the formula: transformers' `LlamaRMSNorm`,
+the stream kept in the activation dtype.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from fp8jax.pallas_kernels import quantize
+from fp8jax.pallas_kernels.quantize import Config, ScaleLayout
+from fp8jax.schemes import ActivationGranularity
+
+
+def rms_norm_quantize_reference(
+    x: jax.Array,
+    weight: jax.Array,
+    granularity: ActivationGranularity,
+    *,
+    epsilon: float,
+    residual: jax.Array | None = None,
+    residual_multiplier: float = 1.0,
+    dtype: jax.typing.DTypeLike | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The specification.
+
+    Args:
+        x: bfloat16, float16 or float32 `[m, h]`, or float32 partial sums `[splits, m, h]` of it.
+        weight: float `[h]`.
+        granularity: "token", "group" or "tensor", see `quantize.py`.
+        epsilon: added to the mean square.
+        residual: the stream so far, `[m, h]` in x's dtype; None if x is the stream.
+        residual_multiplier: what x is multiplied by before it is added.
+        dtype: the activation dtype, needed for partial sums only.
+    Returns:
+        the new stream `[m, h]` (x itself without a residual), codes float8_e4m3fn `[m, h]`, scales float32.
+    """
+    stream = quantize.activation_of(x, dtype)
+    dtype = stream.dtype
+    wide = stream.astype(jnp.float32)
+    if residual is not None:
+        if residual_multiplier != 1:
+            wide = quantize.rounded(wide * jnp.float32(residual_multiplier), dtype)
+        wide = quantize.rounded(residual.astype(jnp.float32) + wide, dtype)
+        stream = wide.astype(dtype)
+    mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+    normalised = quantize.rounded(wide * lax.rsqrt(mean_square + jnp.float32(epsilon)), dtype)
+    y = quantize.rounded(normalised * weight.astype(jnp.float32), dtype)
+    return stream, *quantize.quantize_activation_reference(y, granularity)
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=(
+        "granularity", "epsilon", "residual_multiplier", "dtype", "scale_layout", "config", "interpret"
+    ),
+)  # fmt: skip
+def rms_norm_quantize_triton(
+    x: jax.Array,
+    weight: jax.Array,
+    granularity: ActivationGranularity,
+    *,
+    epsilon: float,
+    residual: jax.Array | None = None,
+    residual_multiplier: float = 1.0,
+    dtype: jax.typing.DTypeLike | None = None,
+    scale_layout: ScaleLayout = "mg",
+    config: Config | None = None,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The same in one kernel.
+
+    Args:
+        x, weight, granularity, epsilon, residual, residual_multiplier, dtype: as in the reference; not "tensor".
+        scale_layout: layout of group scales, `[m, groups]` or `[groups, m]`.
+        config: `default_config` if None.
+        interpret: run on the CPU, to check the mathematics.
+    Returns:
+        stream, codes and scales as in the reference.
+    Raises:
+        NotImplementedError: `supported` says why.
+        ValueError: shapes, dtypes or config that do not belong together.
+    """
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import triton as plgpu
+
+    *_, m, h = x.shape
+    dtype = jnp.dtype(x.dtype if x.ndim == 2 else dtype)
+    if reason := supported(m, h, dtype, granularity):
+        raise NotImplementedError(f"rms_norm_quantize: {reason}")
+    if weight.shape != (h,) or (residual is not None and (residual.shape, residual.dtype) != ((m, h), dtype)):
+        raise ValueError(
+            f"rms_norm_quantize: x is [{m}, {h}] {dtype.name}, so weight must be [{h}] and residual [{m}, {h}] {dtype.name}; "
+            f"got weight {weight.shape} and residual {None if residual is None else (residual.shape, residual.dtype.name)}"
+        )
+    config = config or default_config(m, h)
+    config.check(h, "token")
+    writes_stream = residual is not None or x.ndim == 3
+
+    def kernel(
+        *refs,  # x [m, h] or [splits, m, h]; weight [h]; residual [m, h] if given; stream [m, h] if new; codes; scale
+    ):
+        x_ref, weight_ref, *optional, codes_ref, scale_ref = refs
+        rows, cols = quantize.tile_indices(config)
+        inside = (rows < m) & (cols < h)
+        # Loaded before it is needed: behind the sum's barrier its latency would add to that of x.
+        weight_of_channel = plgpu.load(weight_ref.at[cols], mask=cols < h, other=0.0).astype(jnp.float32)
+        stream = quantize.load_activation(x_ref, rows, cols, inside, dtype)
+        if residual is not None:
+            residual_ref = optional[0]
+            if residual_multiplier != 1:
+                stream = (stream * jnp.float32(residual_multiplier)).astype(dtype).astype(jnp.float32)
+            stream = plgpu.load(residual_ref.at[rows, cols], mask=inside, other=0.0).astype(jnp.float32) + stream
+            stream = stream.astype(dtype).astype(jnp.float32)
+        if writes_stream:
+            plgpu.store(optional[-1].at[rows, cols], stream.astype(dtype), mask=inside)
+        # Columns outside are 0 and add nothing, so the sum is divided by h, not by the block.
+        mean_square = jnp.sum(stream * stream, axis=1) * jnp.float32(1 / h)
+        normalised = (stream * lax.rsqrt(mean_square + jnp.float32(epsilon))[:, None]).astype(dtype).astype(jnp.float32)
+        y = (normalised * weight_of_channel).astype(dtype).astype(jnp.float32)
+        quantize.store_quantized(y, codes_ref, scale_ref, h, granularity, scale_layout)
+
+    stream_shape = (jax.ShapeDtypeStruct((m, h), dtype),) if writes_stream else ()
+    *stream, codes, scale = pl.pallas_call(
+        kernel,
+        out_shape=(*stream_shape, *quantize.quantized_shapes(m, h, granularity, scale_layout)),
+        grid=(pl.cdiv(m, config.block_m), 1),
+        compiler_params=plgpu.CompilerParams(num_warps=config.num_warps, num_stages=1),
+        interpret=interpret,
+        name=f"rms_norm_quantize_{granularity}",
+    )(x, weight, *(() if residual is None else (residual,)))
+    return stream[0] if stream else x, codes, scale
+
+
+def supported(m: int, h: int, dtype: jax.typing.DTypeLike, granularity: ActivationGranularity) -> str | None:
+    """Why there is no kernel for this case, or None if there is one."""
+    if h > quantize.MAX_ROW:
+        return f"h = {h}: a program holds a whole row in registers, at most {quantize.MAX_ROW} values"
+    return quantize.supported(m, h, dtype, granularity)
+
+
+def default_config(m: int, h: int) -> Config:
+    """Whole rows, 16 values a thread; several rows a program where they are short."""
+    return quantize.whole_row_config(m, h)
