@@ -30,8 +30,8 @@ class LayerReport:
         bytes_after: as held, scales included.
         relative_error: ‖dequantized − w‖ / ‖w‖ (Frobenius) over at most 256 evenly spread rows, None where nothing was
             quantized.
-        shard_amax: largest |w| of each shard of a fused layer, for a stack over all experts. Far-apart values mean that one scale serves some shards
-            badly.
+        shard_amax: largest |w| of each shard of a fused layer, for a stack over all experts. Far-apart values mean that
+            one scale serves some shards badly.
     """
 
     name: str

@@ -75,7 +75,7 @@ class ExpertParameter(Parameter):
             first = expert * self.row_groups
             sources = [source for source, _ in self.sources[first : first + self.row_groups]]
             return sources, [checkpoint.read(source) for source in sources]
-        ((source, _),) = self.sources
+        [(source, _)] = self.sources
         return [source] * self.row_groups, np.split(checkpoint.read(source)[expert], self.row_groups)
 
 

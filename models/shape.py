@@ -36,7 +36,7 @@ def read_shape(
         ValueError: a field is missing, has a wrong type, or asks for something that is not implemented.
     """
     hidden, heads = config.size("hidden_size"), config.size("num_attention_heads")
-    head_dim = config.size("head_dim", head_dim) or _even_heads(config, hidden, heads)
+    head_dim = int(config.size("head_dim", head_dim) or _even_heads(config, hidden, heads))
     kv_heads = config.size("num_key_value_heads", num_kv_heads or heads)
     if heads % kv_heads:
         raise ValueError(

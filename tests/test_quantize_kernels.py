@@ -44,10 +44,9 @@ def steps_apart(codes, expected):
 
 def assert_same_codes(codes, expected):
     apart = steps_apart(codes, expected)
-    assert (
-        apart.max() <= 1
-    )  # a scale that is off by one unit in the last place moves a value over one rounding boundary
-    # ... and does so for fewer than 0.2 % of the values; in these small arrays one value may be more than that.
+    # A scale that is off by one unit in the last place moves a value over at most one rounding boundary,
+    # and does so for fewer than 0.2 % of the values; in these small arrays one value may be more than that.
+    assert apart.max() <= 1
     assert np.count_nonzero(apart) <= max(1, 0.002 * apart.size)
 
 

@@ -1,0 +1,291 @@
+"""Loading is strict, owns its memory and says what it did."""
+
+import json
+import logging
+import shutil
+import warnings
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from golden_checkpoints import GOLDENS, SCHEMES, golden, load
+from safetensors.numpy import load_file, save_file
+from test_qarray import bits, oracle_block, oracle_tensor
+
+import fp8jax
+from fp8jax import CheckpointError
+
+FILE = "model.safetensors"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A copy of a golden checkpoint that a test may spoil."""
+    return shutil.copytree(GOLDENS / "llama2", tmp_path / "llama2")
+
+
+def rewrite(folder, change):
+    """Apply `change` to the tensors of a checkpoint."""
+    tensors = load_file(folder / FILE)
+    change(tensors)
+    save_file(tensors, folder / FILE)
+
+
+def reconfigure(folder, **fields):
+    config = json.loads((folder / "config.json").read_text()) | fields
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("variant", ["llama2", "smollm2", "llama_fp16", "llama_fp32_sharded"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_fused_layers_are_quantized_as_one_matrix_to_the_bit(variant, scheme):
+    tensors = {}
+    for file in (GOLDENS / variant).glob("*.safetensors"):
+        tensors |= load_file(file)
+    oracle = {"fp8_per_tensor": oracle_tensor, "fp8_per_block": oracle_block}[scheme]
+    fused = {
+        "self_attn.qkv_proj": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+        "self_attn.o_proj": ["self_attn.o_proj"],
+        "mlp.gate_up_proj": ["mlp.gate_proj", "mlp.up_proj"],
+        "mlp.down_proj": ["mlp.down_proj"],
+    }
+    for name, shards in fused.items():
+        q = load(variant, scheme).weight(f"model.layers.1.{name}")
+        codes, scale = oracle(np.concatenate([tensors[f"model.layers.1.{shard}.weight"] for shard in shards]))
+        np.testing.assert_array_equal(bits(q.qvalue), bits(codes))
+        np.testing.assert_array_equal(bits(q.scale), bits(scale))
+
+
+def test_weights_take_at_most_0_51_of_their_bf16_bytes():
+    # At these tiny sizes a block's scale is a larger share than in a real model: 4 bytes for as few as 64 × 64 weights.
+    for scheme in SCHEMES:
+        layers = load("llama31", scheme).report.quantized
+        assert layers
+        assert sum(layer.bytes_after for layer in layers) <= 0.51 * sum(layer.bytes_before for layer in layers)
+
+
+@pytest.mark.parametrize("scheme", [None, *SCHEMES])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_overwriting_the_file_afterwards_changes_nothing(folder, scheme, dtype):
+    """No array of the model points into the mapped file. The data is aligned first, or nothing could."""
+    tensors = load_file(folder / FILE)
+    if dtype == "float32":  # the dtype that needs no cast, so that aliasing would be possible
+        tensors = {name: tensor.astype(np.float32) for name, tensor in tensors.items()}
+    save_file(tensors, folder / FILE)
+    content = bytearray((folder / FILE).read_bytes())
+    length = int.from_bytes(content[:8], "little")
+    pad = -(8 + length) % 64
+    aligned = (length + pad).to_bytes(8, "little") + content[8 : 8 + length] + b" " * pad + content[8 + length :]
+    (folder / FILE).write_bytes(aligned)
+
+    lm = fp8jax.load_quantized(folder, scheme, dtype=dtype)
+    ids = golden("llama2")["token_ids"]
+    before = np.asarray(lm.logits(ids))
+    with (folder / FILE).open("r+b") as file:
+        file.seek(8 + length + pad)
+        file.write(b"\x3f" * (len(content) - 8 - length))
+    np.testing.assert_array_equal(np.asarray(lm.logits(ids)), before)
+
+
+@pytest.mark.smoke
+def test_all_faults_of_names_shapes_and_dtypes_come_in_one_error(folder):
+    def spoil(tensors):
+        del tensors["model.layers.0.mlp.down_proj.weight"]
+        tensors["model.layers.0.mlp.dwn_proj.weight"] = np.zeros((2, 2), np.float32)
+        tensors["model.norm.weight"] = np.zeros(65, ml_dtypes.bfloat16)
+        tensors["model.layers.1.self_attn.o_proj.weight"] = np.zeros((64, 64), np.int16)
+
+    rewrite(folder, spoil)
+    with pytest.raises(CheckpointError) as error:
+        fp8jax.load_quantized(folder, "fp8_per_block")
+    for part in (
+        "model.layers.0.mlp.down_proj.weight: missing",
+        "model.layers.0.mlp.dwn_proj.weight",
+        "model.norm.weight",
+        "[65]",
+        "[64]",
+        "model.layers.1.self_attn.o_proj.weight",
+        "int16",
+    ):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize("scheme", [None, *SCHEMES])
+def test_nan_and_inf_are_gathered_with_the_first_index_of_each(folder, scheme):
+    def spoil(tensors):
+        tensors["model.layers.0.self_attn.k_proj.weight"][3, 5:9] = np.nan
+        tensors["model.layers.1.mlp.down_proj.weight"][0, 7] = -np.inf
+        tensors["model.norm.weight"][9] = np.nan
+        tensors["model.embed_tokens.weight"][2, 1] = np.inf
+
+    rewrite(folder, spoil)
+    with pytest.raises(CheckpointError) as error:
+        fp8jax.load_quantized(folder, scheme)
+    for name, what, index in (
+        ("model.layers.0.self_attn.k_proj.weight", "nan", "[3, 5]"),
+        ("model.layers.1.mlp.down_proj.weight", "-inf", "[0, 7]"),
+        ("model.norm.weight", "nan", "[9]"),
+        ("model.embed_tokens.weight", "inf", "[2, 1]"),
+    ):
+        assert any(name in fault and what in fault and index in fault for fault in error.value.faults)
+    assert len(error.value.faults) == 4
+
+
+def test_a_number_beyond_the_dtype_is_an_error_that_shows_it(folder):
+    rewrite(folder, lambda tensors: tensors["model.norm.weight"].__setitem__(4, 1e6))
+    with pytest.raises(CheckpointError, match=r"model.norm.weight.*index \[4\].*65504"):
+        fp8jax.load_quantized(folder, None, dtype="float16")
+
+
+def test_float16_weights_are_quantized_from_float16(folder):
+    """Not by way of BF16, which would lose three bits."""
+    lm = load("llama_fp16", "fp8_per_tensor")
+    tensors = load_file(GOLDENS / "llama_fp16" / FILE)
+    w = tensors["model.layers.0.self_attn.o_proj.weight"]
+    assert w.dtype == np.float16
+    codes, _ = oracle_tensor(w)
+    rounded_codes, _ = oracle_tensor(w.astype(ml_dtypes.bfloat16))
+    assert (bits(codes) != bits(rounded_codes)).any()
+    np.testing.assert_array_equal(bits(lm.weight("model.layers.0.self_attn.o_proj").qvalue), bits(codes))
+
+
+def test_an_ignored_layer_stays_and_an_entry_that_matched_nothing_warns():
+    config = {"ignore": ["model.layers.1.self_attn.o_proj", "re:.*[qkv]_proj", "o_prj"]}
+    with pytest.warns(UserWarning, match="o_prj.*matched no layer"):
+        lm = fp8jax.load_quantized(GOLDENS / "llama2", "fp8_per_block", quantization_config=config)
+    assert isinstance(lm.weight("model.layers.1.self_attn.o_proj"), jax.Array)
+    assert isinstance(lm.weight("model.layers.0.self_attn.qkv_proj"), jax.Array)
+    assert isinstance(lm.weight("model.layers.0.self_attn.o_proj"), fp8jax.QArray)
+    assert len(lm.report.warnings) == 1
+
+
+@pytest.mark.parametrize(
+    ("scheme", "config", "kinds"),
+    [
+        ("fp8_per_tensor", None, {"fp8_per_tensor"}),
+        ("online", {"global_scheme": "fp8_per_block"}, {"fp8_per_block"}),
+        (
+            "online",
+            {"linear_scheme_override": "fp8_per_block", "moe_scheme_override": "fp8_per_tensor"},
+            {"fp8_per_block"},
+        ),
+        ("fp8_per_tensor", {"linear_scheme_override": "fp8_per_block"}, {"fp8_per_block"}),
+        ("online", {"moe_scheme_override": "fp8_per_tensor"}, set()),
+        (None, None, set()),
+    ],
+)
+def test_configurations_as_the_reference_documents_them(scheme, config, kinds):
+    lm = fp8jax.load_quantized(GOLDENS / "llama2", scheme, quantization_config=config)
+    assert {layer.scheme.name for layer in lm.report.quantized if layer.scheme} == kinds
+
+
+def test_the_report_and_the_log_tell_what_was_done(caplog):
+    with caplog.at_level(logging.INFO, logger="fp8jax"):
+        lm = fp8jax.load_quantized(
+            GOLDENS / "llama2", "fp8_per_tensor", quantization_config={"ignore": ["model.layers.0.mlp.down_proj"]}
+        )
+    assert (
+        "Quantizing 7 layers of types: mlp.down_proj: 1 (from linear: fp8_per_tensor); mlp.gate_up_proj: 2"
+        in caplog.text
+    )
+    assert "1 ignored" in caplog.text
+    assert "Online quantization as part of model loading took" in caplog.text
+    table = str(lm.report)
+    for part in ("mlp.gate_up_proj", "fp8_per_tensor", "tensor", "token", "ignored", "the rest", "MiB"):
+        assert part in table
+    errors = [layer.relative_error for layer in lm.report.quantized]
+    assert all(error is not None and 0.01 < error < 0.04 for error in errors)  # e4m3 rounds Gaussians by 2.6 %
+    assert json.loads(json.dumps(lm.report.to_dict()))["bytes_after"] == lm.report.bytes_after
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(lm.model))
+    assert lm.report.bytes_after == held
+
+
+def test_tied_embeddings_are_held_once_and_a_head_of_its_own_is_used(tmp_path):
+    folder = shutil.copytree(GOLDENS / "smollm2", tmp_path / "tied")
+    ids = golden("smollm2")["token_ids"]
+    tied = load("smollm2").logits(ids)
+    rewrite(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].copy()}))
+    lm = fp8jax.load_quantized(folder, None, dtype="float32")
+    assert lm.model.lm_head is None
+    np.testing.assert_array_equal(lm.logits(ids), tied)
+    rewrite(folder, lambda t: t.update({"lm_head.weight": t["lm_head.weight"] * ml_dtypes.bfloat16(2)}))
+    lm = fp8jax.load_quantized(folder, None, dtype="float32")
+    np.testing.assert_array_equal(lm.logits(ids), 2 * tied)  # doubling is exact
+
+
+def test_both_spellings_of_config_json_give_the_same_logits(folder):
+    config = json.loads((folder / "config.json").read_text())
+    assert "rope_parameters" in config
+    ids = golden("llama2")["token_ids"]
+    expected = load("llama2").logits(ids)
+    rope = config.pop("rope_parameters")
+    config |= {"rope_theta": rope["rope_theta"], "rope_scaling": None, "torch_dtype": "bfloat16"}
+    (folder / "config.json").write_text(json.dumps(config))
+    np.testing.assert_array_equal(fp8jax.load_quantized(folder, None, dtype="float32").logits(ids), expected)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"architectures": ["FooForCausalLM"]}, "FooForCausalLM.*LlamaForCausalLM"),
+        ({"architectures": None, "model_type": "foo"}, "foo.*LlamaForCausalLM"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"rope_scaling": {"rope_type": "su", "factor": 2.0}}, "'su' is not implemented.*llama3"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "warp": 3}}, "warp"),
+        ({"sliding_window": 8}, "sliding_window"),
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
+        ({"pretraining_tp": 2}, "pretraining_tp"),
+        ({"logit_zoom": 1.5}, "logit_zoom"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads 3"),
+        ({"num_hidden_layers": "2"}, "num_hidden_layers"),
+        ({"hidden_size": None}, "hidden_size"),
+    ],
+)
+def test_a_config_that_is_not_understood_is_an_error_that_names_the_field(folder, fields, message):
+    reconfigure(folder, **fields)
+    with pytest.raises(ValueError, match=message):
+        fp8jax.load_quantized(folder, None)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"unsloth_version": "2026.1"}, {"use_cache": False}, {"pretraining_tp": 1}, {"new": None}]
+)
+def test_a_field_that_changes_nothing_is_no_error(folder, fields):
+    reconfigure(folder, **fields)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fp8jax.load_quantized(folder, None)
+
+
+def test_a_layer_too_few_in_config_json_is_noticed(folder):
+    reconfigure(folder, num_hidden_layers=1)
+    with pytest.raises(CheckpointError, match=r"model\.layers\.1\..*no weight of this architecture"):
+        fp8jax.load_quantized(folder, None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"dtype": "float8"}, "bfloat16, float16, float32"),
+        ({"implementation": "cuda"}, "auto, xla, triton"),
+        ({"scheme": "fp8"}, "fp8_per_tensor, fp8_per_block, online"),
+    ],
+)
+def test_wrong_arguments_list_the_right_ones(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        fp8jax.load_quantized(GOLDENS / "llama2", **arguments)
+
+
+def test_an_already_quantized_checkpoint_is_refused(folder):
+    reconfigure(folder, quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]})
+    with pytest.raises(CheckpointError, match="already quantized.*fp8"):
+        fp8jax.load_quantized(folder, "fp8_per_block")
+
+
+def test_bfloat16_is_the_default_dtype():
+    lm = fp8jax.load_quantized(GOLDENS / "llama2", "fp8_per_block")
+    assert lm.weight("model.embed_tokens").dtype == jnp.bfloat16
+    assert lm.logits([[1, 2, 3]]).dtype == jnp.float32
