@@ -35,11 +35,11 @@ demo: $(demo_env) ## load a real model as FP8 with both schemes, generate, and c
 
 test: $(test_env) ## run the tests, without those that take minutes each
 	@echo "==> running the tests"
-	@$(RUN) -m pytest -m "not slow" $(PYTEST_ARGS)
+	@$(RUN) -m pytest -m "not slow" -n 2 --dist loadfile $(PYTEST_ARGS)
 
 test-all: $(test_env) ## run every test
 	@echo "==> running all tests"
-	@$(RUN) -m pytest $(PYTEST_ARGS)
+	@$(RUN) -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 lint: $(test_env) ## check style and formatting
 	@echo "==> checking style and formatting"

@@ -232,7 +232,7 @@ def _experts(
         largest = np.maximum(largest, amax)
         norms.append(norm)
         faults |= _misfits(checkpoint, sources, amax, scheme, dtype)
-        if len(p.sources) > 1 or expert == p.shape[0] - 1:
+        if not p.stacked or expert == p.shape[0] - 1:
             for source in sources:
                 checkpoint.release(source)
         advance(sum(view.nbytes for view in views))

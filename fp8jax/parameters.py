@@ -69,14 +69,19 @@ class ExpertParameter(Parameter):
     row_groups: int
     alias: str
 
+    @property
+    def stacked(self) -> bool:
+        """Whether one tensor holds all experts."""
+        return self.sources[0][1] == self.shape
+
     def shards_of(self, checkpoint: Checkpoint, expert: int) -> tuple[list[str], list[np.ndarray]]:
         """Of each row group of one expert the source and the view `[n / row_groups, k]`."""
-        if len(self.sources) > 1:
-            first = expert * self.row_groups
-            sources = [source for source, _ in self.sources[first : first + self.row_groups]]
-            return sources, [checkpoint.read(source) for source in sources]
-        [(source, _)] = self.sources
-        return [source] * self.row_groups, np.split(checkpoint.read(source)[expert], self.row_groups)
+        if self.stacked:
+            source = self.sources[0][0]
+            return [source] * self.row_groups, np.split(checkpoint.read(source)[expert], self.row_groups)
+        first = expert * self.row_groups
+        sources = [source for source, _ in self.sources[first : first + self.row_groups]]
+        return sources, [checkpoint.read(source) for source in sources]
 
 
 def model_parameters(model: CausalLM, tensors: Collection[str]) -> Iterator[Parameter]:

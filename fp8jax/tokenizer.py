@@ -1,5 +1,6 @@
 """The tokenizer of a checkpoint folder, and text that grows token by token without ever showing half a character."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ def load_tokenizer(folder: Path) -> Any | None:
     """
     if not any((folder / name).is_file() for name in _FILES):
         return None
+    # transformers warns that PyTorch is missing, which it is meant to be.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import AutoTokenizer  # takes more than a second to import, and not everyone needs text
 
     try:

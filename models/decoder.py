@@ -201,5 +201,5 @@ class CausalLM(nnx.Module):
 
 
 def times(x: jax.Array, factor: float) -> jax.Array:
-    """x · factor, rounded once to the dtype of x; nothing for a factor of 1."""
-    return x if factor == 1 else x * jnp.asarray(factor, x.dtype)
+    """x · factor in float32, rounded once to the dtype of x, as torch multiplies by a Python number."""
+    return x if factor == 1 else (x.astype(jnp.float32) * jnp.float32(factor)).astype(x.dtype)

@@ -359,7 +359,8 @@ def _merge(
             plgpu.store(scale_ref.at[row, jnp.int32(0)], scale)
         else:
             flat = out.astype(jnp.float32).reshape(1, block_h * block_d)
-            quantize.store_quantized(flat, *out_refs, width, granularity, scale_layout)
+            codes_ref, scale_ref = out_refs
+            quantize.store_quantized(flat, codes_ref, scale_ref, width, granularity, scale_layout)
 
     if granularity is None:
         out_shape = (jax.ShapeDtypeStruct((b, width), dtype),)

@@ -76,7 +76,7 @@ def _check(a: jax.Array, b: jax.Array, acc: jax.Array, promote_every: int | None
 @fp8_dot_p.def_abstract_eval
 def _shape(a, b, acc, *, imprecise):
     del a, b, imprecise
-    return jax.core.ShapedArray(acc.shape, acc.dtype)
+    return jax.core.ShapedArray(acc.shape, acc.dtype)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @fp8_dot_p.def_impl

@@ -230,7 +230,7 @@ def _compile_here(device: str, program: str, arguments: dict[str, Any]) -> Compi
         placed = jax.tree.map(functools.partial(_placed, mesh), built.arguments)
         jitted = jax.jit(built.function, donate_argnums=built.donate_argnums)
         compiled = jitted.trace(*placed).lower(lowering_platforms=("cuda",)).compile()
-    memory = compiled.memory_analysis()
+    memory: Any = compiled.memory_analysis()
     return read_report(
         target=TARGETS[device],
         launches=_read_launches(launches),

@@ -78,16 +78,16 @@ def quantize_activation_reference(
     wide = x.astype(jnp.float32)
     match granularity:
         case "token":
-            scale = scale_of(jnp.max(jnp.abs(wide), axis=1, keepdims=True))
+            scale = _divided_scale(jnp.max(jnp.abs(wide), axis=1, keepdims=True))
             return codes_of(wide, 1.0 / scale), scale
         case "group":
             groups = -(-k // BLOCK)
             padded = jnp.pad(wide, ((0, 0), (0, groups * BLOCK - k))).reshape(m, groups, BLOCK)
-            scale = scale_of(jnp.max(jnp.abs(padded), axis=2))
+            scale = _divided_scale(jnp.max(jnp.abs(padded), axis=2))
             return codes_of(padded, (1.0 / scale)[:, :, None]).reshape(m, groups * BLOCK)[:, :k], scale
         case "tensor":
             counted = wide if valid is None else jnp.where(valid[:, None], wide, jnp.float32(0))
-            scale = scale_of(jnp.max(jnp.abs(counted)).reshape(1))
+            scale = _divided_scale(jnp.max(jnp.abs(counted)).reshape(1))
             return codes_of(wide, 1.0 / scale), scale
 
 
@@ -274,6 +274,12 @@ def store_quantized(
 def scale_of(amax: jax.Array) -> jax.Array:
     """The scale for an absolute maximum; works in kernels too."""
     return jnp.maximum(amax / jnp.float32(E4M3_MAX), jnp.float32(SCALE_FLOOR))
+
+
+def _divided_scale(amax: jax.Array) -> jax.Array:
+    """`scale_of` with a division that XLA does not turn into a product with a rounded 1/448, where the device divides."""
+    divisor = lax.optimization_barrier(jnp.full_like(amax, E4M3_MAX))
+    return jnp.maximum(amax / divisor, jnp.float32(SCALE_FLOOR))
 
 
 def codes_of(x: jax.Array, reciprocal: jax.Array) -> jax.Array:

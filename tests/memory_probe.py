@@ -1,7 +1,8 @@
 """A child process that loads a checkpoint, and its parent that watches how much private memory the child takes.
 
-The parent samples RssAnon every 2 ms or so: pages of the mapped file are the page cache's and do not count. Run as a script, this file is the
-child: it imports what loading needs, says "idle", waits for a line, loads, and says what it holds.
+The parent samples RssAnon every 2 ms or so: pages of the mapped file are the page cache's and do not count. Run as a
+script, this file is the child: it imports what loading needs, says "idle", waits for a line, loads, and says what it
+holds.
 """
 
 import json

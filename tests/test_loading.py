@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 import warnings
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +54,7 @@ def test_fused_layers_are_quantized_as_one_matrix_to_the_bit(variant, scheme):
         "mlp.down_proj": ["mlp.down_proj"],
     }
     for name, shards in fused.items():
-        q = load(variant, scheme).weight(f"model.layers.1.{name}")
+        q: Any = load(variant, scheme).weight(f"model.layers.1.{name}")
         codes, scale = oracle(np.concatenate([tensors[f"model.layers.1.{shard}.weight"] for shard in shards]))
         np.testing.assert_array_equal(bits(q.qvalue), bits(codes))
         np.testing.assert_array_equal(bits(q.scale), bits(scale))
@@ -149,7 +150,8 @@ def test_float16_weights_are_quantized_from_float16(folder):
     codes, _ = oracle_tensor(w)
     rounded_codes, _ = oracle_tensor(w.astype(ml_dtypes.bfloat16))
     assert (bits(codes) != bits(rounded_codes)).any()
-    np.testing.assert_array_equal(bits(lm.weight("model.layers.0.self_attn.o_proj").qvalue), bits(codes))
+    q: Any = lm.weight("model.layers.0.self_attn.o_proj")
+    np.testing.assert_array_equal(bits(q.qvalue), bits(codes))
 
 
 def test_an_ignored_layer_stays_and_an_entry_that_matched_nothing_warns():
@@ -287,5 +289,6 @@ def test_an_already_quantized_checkpoint_is_refused(folder):
 
 def test_bfloat16_is_the_default_dtype():
     lm = fp8jax.load_quantized(GOLDENS / "llama2", "fp8_per_block")
-    assert lm.weight("model.embed_tokens").dtype == jnp.bfloat16
+    table: Any = lm.weight("model.embed_tokens")
+    assert table.dtype == jnp.bfloat16
     assert lm.logits([[1, 2, 3]]).dtype == jnp.float32

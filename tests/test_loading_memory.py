@@ -6,12 +6,10 @@ import sys
 import ml_dtypes
 import numpy as np
 import pytest
+from memory_probe import watch_loading
 from safetensors.numpy import save_file
 
-from memory_probe import watch_loading
-
 pytestmark = [
-    pytest.mark.slow,
     pytest.mark.skipif(sys.platform != "linux", reason="private memory is read from /proc"),
 ]
 

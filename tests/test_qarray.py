@@ -1,5 +1,7 @@
 """Weight codes and scales against an independent NumPy restatement of the reference's rules, bit for bit."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -8,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fp8jax import FP8_PER_BLOCK, FP8_PER_CHANNEL, FP8_PER_TENSOR, Scheme, dequantize, quantize
+from fp8jax import FP8_PER_BLOCK, FP8_PER_CHANNEL, FP8_PER_TENSOR, QArray, Scheme, dequantize, quantize
 from fp8jax.exact_division import divide
 from fp8jax.qarray import dequantize_rows
 
@@ -55,7 +57,7 @@ def bits(array):
 jitted = jax.jit(quantize, static_argnums=1, static_argnames="row_groups")
 
 
-def assert_same_bits(w, scheme, run=jitted):
+def assert_same_bits(w, scheme, run: Callable[..., QArray] = jitted):
     codes, scale = ORACLES[scheme](w)
     q = run(jnp.asarray(w), scheme)
     q.validate()
@@ -101,7 +103,7 @@ def test_last_block_of_a_ragged_matrix_has_its_own_scale():
     w = np.ones((130, 130), F32)
     w[128:, 128:] = 7
     scale = np.asarray(quantize(jnp.asarray(w), "fp8_per_block").scale)
-    np.testing.assert_array_equal(scale, F32([[1, 1], [1, 7]]) / F32(448))
+    np.testing.assert_array_equal(scale, np.asarray([[1, 1], [1, 7]], F32) / F32(448))
 
 
 def test_experts_are_quantized_each_for_itself():

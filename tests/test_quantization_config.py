@@ -1,5 +1,7 @@
 """Which layer gets which scheme: the reference's rules, as executed with its own functions (see the design's semantics page)."""
 
+from typing import Any
+
 import pytest
 
 from fp8jax import FP8_PER_BLOCK, FP8_PER_TENSOR, QuantizationConfig
@@ -152,7 +154,7 @@ def test_mistakes_are_value_errors_that_say_what_to_do(scheme, mapping, parts):
         assert part in str(error.value)
 
 
-LAYERS = [
+LAYERS: list[Any] = [
     (L1 + "self_attn.qkv_proj", "linear", ()),
     (L1 + "self_attn.o_proj", "linear", ()),
     (L1 + "mlp.experts", "moe", ()),

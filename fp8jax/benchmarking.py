@@ -1,0 +1,215 @@
+"""Timing kernels on a device, and keeping what was measured.
+
+One call of a kernel takes microseconds, dispatching a jitted function tens of them. So many calls are put into one
+program, one behind another, and several programs are under way before the host waits:
+
+    time of a call = (time until the last of `depth` programs is done) / (depth · calls in a program)
+
+- **In order.** An optimization barrier ties each call to the one before, so that XLA neither merges nor reorders them.
+- **L2 cold.** Each call has operands of its own; they come round again only after at least twice the L2 cache of other
+  data has passed. Small operands that would need more than 64 sets are timed warm, and the result says so.
+- **No CUDA graph.** Launches come from XLA's own queue (a few microseconds each, hidden behind longer kernels). A
+  kernel much shorter than that shows the cost of its launch, which a graph of a whole decode step would hide.
+- **Warm and median.** The first run compiles and does not count; of the samples the median is reported, with the
+  distance between the fastest and the slowest. A difference smaller than that is noise.
+
+Results go to a JSON file row by row, each with its date, so that a run that is cut short keeps what it has and the
+next one goes on from there.
+"""
+
+import datetime
+import importlib.metadata
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+from jax import lax
+
+_MOST_SETS = 64
+_SAMPLE_SECONDS = 5e-3  # of a GPU; long beside the latency of the first launch
+_UNKNOWN_L2 = 128 * 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a device can do at most, by its data sheet: bytes and dense operations a second, and the size of its L2."""
+
+    bandwidth: float
+    bf16_flops: float
+    fp8_flops: float
+    l2_bytes: int
+
+
+# Parts of `device_kind`, the more specific first.
+_LIMITS = {
+    "H100 PCIe": Limits(bandwidth=2.0e12, bf16_flops=756e12, fp8_flops=1513e12, l2_bytes=50 * 2**20),
+    "H100 NVL": Limits(bandwidth=3.9e12, bf16_flops=835e12, fp8_flops=1671e12, l2_bytes=50 * 2**20),
+    "H100": Limits(bandwidth=3.35e12, bf16_flops=989e12, fp8_flops=1979e12, l2_bytes=50 * 2**20),
+    "H200": Limits(bandwidth=4.8e12, bf16_flops=989e12, fp8_flops=1979e12, l2_bytes=50 * 2**20),
+    "B200": Limits(bandwidth=7.7e12, bf16_flops=2250e12, fp8_flops=4500e12, l2_bytes=126 * 2**20),
+    "L40S": Limits(bandwidth=0.864e12, bf16_flops=362e12, fp8_flops=733e12, l2_bytes=96 * 2**20),
+    "L40": Limits(bandwidth=0.864e12, bf16_flops=181e12, fp8_flops=362e12, l2_bytes=96 * 2**20),
+    "L4": Limits(bandwidth=0.3e12, bf16_flops=121e12, fp8_flops=242e12, l2_bytes=48 * 2**20),
+}
+
+
+def limits(device_kind: str) -> Limits | None:
+    """The device's limits, None for a device without an entry (a CPU, say)."""
+    return next((found for part, found in _LIMITS.items() if part in device_kind), None)
+
+
+def floor_microseconds(device: Limits, *, flops: float, bytes_moved: float, operands: Literal["bf16", "fp8"]) -> float:
+    """The roofline: no kernel that does this work on this device is faster."""
+    rate = device.fp8_flops if operands == "fp8" else device.bf16_flops
+    return 1e6 * max(flops / rate, bytes_moved / device.bandwidth)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """The time of one call.
+
+    Args:
+        microseconds: median of the samples.
+        spread: (slowest − fastest) / median.
+        samples, calls: how many samples, and calls in each.
+        l2: "cold" where operands came round only after twice the L2 cache.
+    """
+
+    microseconds: float
+    spread: float
+    samples: int
+    calls: int
+    l2: Literal["cold", "warm"]
+
+
+def sets_needed(bytes_of_set: int, device: Limits | None) -> tuple[int, Literal["cold", "warm"]]:
+    """How many sets of operands keep the L2 cold, and whether so many are made; bytes_of_set counts what a call reads."""
+    l2 = _UNKNOWN_L2 if device is None else device.l2_bytes
+    wanted = 2 + 2 * l2 // max(bytes_of_set, 1)
+    return (wanted, "cold") if wanted <= _MOST_SETS else (_MOST_SETS, "warm")
+
+
+def time_calls(
+    function: Callable[..., Any],
+    operand_sets: Sequence[tuple[Any, ...]],
+    *,
+    rounds: int = 1,
+    samples: int = 5,
+    l2: Literal["cold", "warm"] = "cold",
+) -> Timing:
+    """Time a traceable function on the default device.
+
+    Args:
+        function: what to time.
+        operand_sets: its arguments, one tuple of arrays a call.
+        rounds: how often a program goes through them.
+        samples: how many samples the median is over.
+        l2: copied into the result; see `sets_needed`.
+    """
+    calls = rounds * len(operand_sets)
+
+    def program(sets: list[tuple[Any, ...]]) -> list[Any]:
+        outputs: list[Any] = []
+        for operands in sets * rounds:
+            if outputs:
+                operands, outputs[-1] = lax.optimization_barrier((operands, outputs[-1]))
+            outputs.append(function(*operands))
+        return outputs
+
+    # A program below this size becomes no CUDA graph; other backends do not look at it.
+    run = jax.jit(program, compiler_options={"xla_gpu_graph_min_graph_size": 1_000_000})
+    operands = list(operand_sets)
+    jax.block_until_ready(run(operands))
+    once = _seconds(run, operands, 1)
+    on_gpu = jax.default_backend() == "gpu"
+    depth = min(20, max(1, round(_SAMPLE_SECONDS / once))) if on_gpu else 1
+    times = sorted(_seconds(run, operands, depth) / (depth * calls) for _ in range(samples))
+    median = statistics.median(times)
+    return Timing(
+        microseconds=1e6 * median,
+        spread=(times[-1] - times[0]) / median,
+        samples=samples,
+        calls=depth * calls,
+        l2=l2,
+    )
+
+
+def _seconds(run: Callable[[Any], Any], operands: Any, depth: int) -> float:
+    start = time.perf_counter()
+    for _ in range(depth - 1):
+        run(operands)
+    jax.block_until_ready(run(operands))  # the device works in order: the last one done, all are
+    return time.perf_counter() - start
+
+
+class Deadline:
+    """A number of minutes that starts now."""
+
+    def __init__(self, minutes: float):
+        self._end = time.monotonic() + 60 * minutes
+
+    @property
+    def seconds_left(self) -> float:
+        return self._end - time.monotonic()
+
+    @property
+    def passed(self) -> bool:
+        return self.seconds_left <= 0
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that decide what runs."""
+    names = ("jax", "jaxlib", "fp8jax", "jax-cuda13-plugin", "jax-cuda12-plugin")
+    found = {}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def today() -> str:
+    return datetime.datetime.now(datetime.UTC).date().isoformat()
+
+
+class ResultFile:
+    """Rows of measurements in a JSON file, written after each row.
+
+    Args:
+        path: the file; None keeps the rows in memory only. One that exists is continued.
+        title: what is measured.
+        device: `device_kind`.
+    Raises:
+        ValueError: the file is of another device or other versions, whose rows must not stand beside these.
+    """
+
+    def __init__(self, path: Path | None, *, title: str, device: str):
+        self.path = path
+        self.header: dict[str, Any] = {"title": title, "device": device, "versions": versions()}
+        self.rows: list[dict[str, Any]] = []
+        if path is not None and path.exists():
+            content = json.loads(path.read_text(encoding="utf-8"))
+            self.rows = content.pop("rows", [])
+            if content != self.header:
+                raise ValueError(f"{path} holds {content}, this run would add {self.header}; name another file")
+
+    def find(self, **fields: Any) -> dict[str, Any] | None:
+        """The row with these values, or None."""
+        return next((row for row in self.rows if all(row.get(name) == value for name, value in fields.items())), None)
+
+    def add(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Keep a row, with today's date, and write the file."""
+        dated = {**row, "date": today()}
+        self.rows.append(dated)
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            unfinished = self.path.with_suffix(".unfinished")
+            unfinished.write_text(json.dumps({**self.header, "rows": self.rows}, indent=1) + "\n", encoding="utf-8")
+            unfinished.replace(self.path)
+        return dated
