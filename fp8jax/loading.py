@@ -36,7 +36,7 @@ from fp8jax.models import CausalLM, read_decoder_config
 from fp8jax.parameters import ExpertParameter, Parameter, check_against, model_parameters, tied_as_stored
 from fp8jax.qarray import QArray, dequantize_rows, quantize, scale_shape
 from fp8jax.quantization_config import LayerKind, QuantizationConfig
-from fp8jax.schemes import Scheme
+from fp8jax.schemes import BLOCK, Scheme
 
 logger = logging.getLogger("fp8jax")
 _ERROR_ROWS = 256
@@ -226,7 +226,8 @@ def _experts(
     largest, norms, faults = np.zeros(p.row_groups, np.float32), [], {}
     for expert in range(p.shape[0]):
         sources, views = p.shards_of(checkpoint, expert)
-        stack, amax, norm = _write_expert(stack, np.int32(expert), [jax.device_put(view) for view in views])
+        value, amax, norm = _fuse([jax.device_put(view) for view in views], scheme, dtype, p.row_groups)
+        stack = _put(stack, np.int32(expert), value)
         # Waiting here is what bounds memory: the next expert comes when this one's BF16 copy is gone.
         amax = np.asarray(jax.block_until_ready((stack, amax))[1])
         largest = np.maximum(largest, amax)
@@ -249,7 +250,7 @@ def _fuse(
     amax = jnp.stack([jnp.max(jnp.abs(shard), initial=0).astype(jnp.float32) for shard in shards])
     if scheme is None:
         return weight.astype(dtype), amax, jnp.zeros(3, jnp.float32)
-    q = quantize(weight, scheme, row_groups=row_groups)
+    q = _quantize_shards(shards, scheme) if row_groups == 1 else quantize(weight, scheme, row_groups=row_groups)
     # The error of some rows is error enough for a report: over all of them XLA would hold two float32 copies of the weight.
     n = weight.shape[-2]
     rows = np.unique(np.linspace(0, n - 1, min(n, _ERROR_ROWS)).astype(int))
@@ -260,24 +261,31 @@ def _fuse(
     return q, amax, jnp.stack([unit, *(jnp.sqrt(jnp.sum(jnp.square(part))) for part in (difference, wide))])
 
 
+def _quantize_shards(shards: Sequence[jax.Array], scheme: Scheme) -> QArray:
+    """The shards quantized as one matrix; where no block lies across two of them, without making that matrix."""
+    if scheme.weight != "block" or any(shard.shape[0] % BLOCK for shard in shards[:-1]):
+        return quantize(jnp.concatenate(shards, axis=0), scheme)
+    parts = [quantize(shard, scheme) for shard in shards]
+    codes = jnp.concatenate([part.qvalue for part in parts], axis=0)
+    return QArray(codes, jnp.concatenate([part.scale for part in parts], axis=0), scheme)
+
+
 @functools.partial(jax.jit, donate_argnums=0)
-def _write_expert(stack: QArray | jax.Array, expert: jax.Array, shards: list[jax.Array]):
-    """The stack with one expert written into it, in place, and what `_fuse` says of it."""
-    if not isinstance(stack, QArray):
-        value, amax, norm = _fuse(shards, None, stack.dtype.name)
-        return stack.at[expert].set(value), amax, norm
-    q, amax, norm = _fuse(shards, stack.scheme, "float32", stack.row_groups)
-    assert isinstance(q, QArray)
-    # As bytes: where a device has no FP8, XLA would take the whole stack to float16 and back to change one expert in it.
-    before, new = (jax.lax.bitcast_convert_type(codes, jnp.uint8) for codes in (stack.qvalue, q.qvalue))
-    scale = q.scale.reshape(stack.scale.shape[1:])
-    written = QArray(
-        jax.lax.bitcast_convert_type(before.at[expert].set(new), jnp.float8_e4m3fn),
-        stack.scale.at[expert].set(scale),
-        stack.scheme,
-        stack.row_groups,
-    )
-    return written, amax, norm
+def _put(stack: QArray | jax.Array, expert: jax.Array, value: QArray | jax.Array) -> QArray | jax.Array:
+    """The stack with one expert written into it, in place.
+
+    A program of its own: fused with what computes the codes, XLA's CPU backend does it all in one slow loop.
+    """
+
+    def write(whole: jax.Array, part: jax.Array) -> jax.Array:
+        part = part.reshape(whole.shape[1:])
+        if whole.dtype != jnp.float8_e4m3fn:
+            return whole.at[expert].set(part)
+        # As bytes: where a device has no FP8, XLA would take the whole stack to float16 and back to change a part of it.
+        whole, part = (jax.lax.bitcast_convert_type(codes, jnp.uint8) for codes in (whole, part))
+        return jax.lax.bitcast_convert_type(whole.at[expert].set(part), jnp.float8_e4m3fn)
+
+    return jax.tree.map(write, stack, value)
 
 
 def _relative_error(norms: Sequence[jax.Array], scheme: Scheme | None) -> float | None:

@@ -13,19 +13,25 @@ Quantized stacks have one scale an expert `[e]`, or blocks `[e, row_groups Â· âŒ
 row group for itself (see `qarray`); the products of a tile are those of `scaled_matmul` and `block_scaled_matmul`.
 
 The reference loops over the used tiles and takes one expert's weight at a time to float32: its work and memory follow the
-rows, not e times the rows. A kernel has to refuse stacks of 2 to 4 GiB, which Pallas-Triton addresses wrongly (32-bit
-offsets); the reference takes them.
+rows, not e times the rows. The kernel (`grouped_matmul_kernel.py`) has to refuse stacks of 2 to 4 GiB, which Pallas-Triton
+addresses wrongly (32-bit offsets); the reference takes them. Here also: where the kernel runs, and with which tiles.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import replace
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from fp8jax.pallas_kernels import matmul_config
 from fp8jax.pallas_kernels.block_scaled_matmul import block_scaled_matmul_reference
+from fp8jax.pallas_kernels.matmul_config import Config, Promotion
 from fp8jax.pallas_kernels.scaled_matmul import scaled_matmul_reference
+from fp8jax.schemes import BLOCK
+
+ExpertScales = Literal["tensor", "block"]
 
 
 class Tiles(NamedTuple):
@@ -140,6 +146,60 @@ def grouped_matmul_reference(
         )
 
     return _over_tiles(product, x.shape[0], w, sizes, rows, row_weight, x.dtype, block_m)
+
+
+def supported(device_kind: str, m: int, num_experts: int, n: int, k: int) -> str | None:
+    """Why the kernel does not run there, or None.
+
+    Args:
+        device_kind: of the JAX device.
+        m: rows of x.
+        num_experts, n, k: the stack `[e, n, k]`.
+    """
+    if reason := matmul_config.unsupported(device_kind, m, n, k):
+        return reason
+    if 2**31 < num_experts * n * k <= 2**32:
+        return (
+            f"w [e, n, k] is {[num_experts, n, k]}: Pallas-Triton addresses one-byte arrays between 2 and 4 GiB with offsets "
+            "that overflow; split the stack"
+        )
+    return None
+
+
+def default_config(
+    device_kind: str, slots: int, num_experts: int, n: int, k: int, *, row_groups: int = 1, scales: ExpertScales
+) -> Config:
+    """Tiles by what an expert gets if the slots spread evenly, since the sizes are not known when the kernel is compiled.
+
+    Args:
+        device_kind: of the JAX device.
+        slots: r.
+        num_experts, n, k: the stack `[e, n, k]`.
+        row_groups: equal groups of outputs.
+        scales: "tensor" or "block", what w_scale is.
+    Raises:
+        ValueError: an unknown device.
+    """
+    if (arch := matmul_config.architecture(device_kind)) is None:
+        raise ValueError(f"no default config for device {device_kind!r}, which is not known to have FP8 tensor cores")
+    share = -(-slots // num_experts)
+    if share <= 32:
+        config = Config(block_m=16 if share <= 16 else 32, block_n=64, block_k=BLOCK, num_warps=4, num_stages=5)
+        config = replace(config, swap_operands=True) if arch != "ada" else replace(config, num_stages=4)
+        if scales == "tensor" and arch != "ada" and share <= 16 and k > 256 and k % 16 == 0:
+            config = replace(config, block_k=256, num_stages=4)  # as in matmul_config
+    elif share < 256:
+        config = Config(block_m=64, block_n=128, block_k=BLOCK, num_warps=4, num_stages=3)
+        if arch == "ada" and scales == "block":
+            config = replace(config, block_n=64, num_stages=4)
+    else:
+        config = Config(block_m=128, block_n=128, block_k=BLOCK, num_warps=8, num_stages=3)
+    if n // row_groups % 128 and n // row_groups < 1024:
+        config = replace(config, block_n=64)  # of a narrow group, 128 would compute too much that is not there
+    if scales == "tensor" and k >= matmul_config.PROMOTE_FROM_K:
+        promotions: dict[str, Promotion] = {"hopper": "tensor_core", "ada": "separate", "blackwell": "none"}
+        config = replace(config, promotion=promotions[arch])
+    return config
 
 
 def default_block_m(slots: int, num_experts: int) -> int:

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from fp8jax.pallas_kernels import matmul_tiles
 from fp8jax.pallas_kernels.block_scaled_matmul import block_scaled_matmul_triton
 from fp8jax.pallas_kernels.block_scaled_matmul import default_config as default_block_scaled_config
+from fp8jax.pallas_kernels.grouped_matmul import ExpertScales
+from fp8jax.pallas_kernels.grouped_matmul_kernel import grouped_scaled_matmul_triton
 from fp8jax.pallas_kernels.matmul_config import Config
 from fp8jax.pallas_kernels.offline_compile import Program
 from fp8jax.pallas_kernels.scaled_matmul import default_config as default_scaled_config
@@ -21,6 +23,12 @@ MatmulOp = Literal["scaled_matmul", "block_scaled_matmul"]
 LINEAR_SHAPES = {
     "llama-3.1-8b": {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)},
     "llama-3.1-70b": {"qkv": (10240, 8192), "o": (8192, 8192), "gate_up": (57344, 8192), "down": (8192, 28672)},
+}
+
+# Experts e and top_k, and the stacks of a layer as row groups, outputs n, inputs k.
+EXPERT_SHAPES = {
+    "granite-3.0-1b-a400m": {"experts": (32, 8), "gate_up": (2, 1024, 1024), "down": (1, 1024, 512)},
+    "qwen3-30b-a3b": {"experts": (128, 8), "gate_up": (2, 1536, 2048), "down": (1, 2048, 768)},
 }
 
 
@@ -64,3 +72,50 @@ def matmul(
         return kernel(x, x_scale, w, w_scale, bias=bias)
 
     return Program(program, tuple(arguments))
+
+
+def grouped_matmul(
+    scales: ExpertScales,
+    tokens: int,
+    top_k: int,
+    num_experts: int,
+    n: int,
+    k: int,
+    row_groups: int = 1,
+    gathered: bool = True,
+    config: dict[str, Any] | None = None,
+    x_scale_layout: Literal["mg", "gm"] = "mg",
+) -> Program:
+    """One product of sorted slots with a stack of experts, in bfloat16.
+
+    Args:
+        scales: of the weights.
+        tokens, top_k: there are tokens · top_k slots.
+        num_experts, n, k, row_groups: the stack.
+        gathered: slots read rows of x by id, as gate_up does; otherwise slot i reads row i and has a weight, as down does.
+        config: fields of a `Config`; the default of the device if None.
+        x_scale_layout: as the kernel takes it.
+    """
+    slots = tokens * top_k
+    m, groups = tokens if gathered else slots, -(-k // BLOCK)
+    f32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    x, w = (jax.ShapeDtypeStruct(shape, jnp.float8_e4m3fn) for shape in ((m, k), (num_experts, n, k)))
+    if scales == "tensor":
+        x_scale, w_scale = f32((m, 1)), f32((num_experts,))
+    else:
+        x_scale = f32((groups, m) if x_scale_layout == "gm" else (m, groups))
+        w_scale = f32((num_experts, row_groups * -(-(n // row_groups) // BLOCK), groups))
+    sizes = jax.ShapeDtypeStruct((num_experts,), jnp.int32)
+    per_slot = jax.ShapeDtypeStruct((slots,), jnp.int32) if gathered else f32((slots,))
+    kernel = functools.partial(
+        grouped_scaled_matmul_triton,
+        row_groups=row_groups,
+        x_scale_layout=x_scale_layout,
+        config=Config(**config) if config else None,
+    )
+
+    def program(x, x_scale, w, w_scale, sizes, per_slot):
+        slot_arguments = {"rows": per_slot} if gathered else {"row_weight": per_slot}
+        return kernel(x, x_scale, w, w_scale, sizes, **slot_arguments)
+
+    return Program(program, (x, x_scale, w, w_scale, sizes, per_slot))

@@ -40,7 +40,7 @@ def reconfigure(folder, **fields):
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("variant", ["llama2", "smollm2", "llama_fp16", "llama_fp32_sharded"])
+@pytest.mark.parametrize("variant", ["llama2", "llama31", "smollm2", "llama_fp16", "llama_fp32_sharded"])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_fused_layers_are_quantized_as_one_matrix_to_the_bit(variant, scheme):
     tensors = {}

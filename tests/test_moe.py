@@ -22,6 +22,11 @@ def moe_config(e: int, k: int, i: int = 24, **changes) -> MoEConfig:
     return MoEConfig(num_experts=e, top_k=k, intermediate_size=i, **(fields | changes))  # pyright: ignore
 
 
+@functools.partial(jax.jit, static_argnames=("scheme", "row_groups"))
+def quantized(weight, scheme, row_groups=1) -> fp8jax.QArray:
+    return fp8jax.quantize(weight, scheme, row_groups=row_groups)
+
+
 def normal(seed: int, *shape: int) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(shape, np.float32)
 
@@ -166,7 +171,7 @@ def test_unquantized_rows_meet_their_own_expert(sizes, n, k):
 def numpy_dequantized(q: fp8jax.QArray) -> np.ndarray:
     """Codes times scales, element by element, float64."""
     codes, scale = np.asarray(q.qvalue, np.float64), np.asarray(q.scale, np.float64)
-    e, n, k = codes.shape
+    _, n, k = codes.shape
     if scale.ndim == 1:
         return codes * scale[:, None, None]
     half = n // q.row_groups
@@ -179,7 +184,7 @@ def numpy_dequantized(q: fp8jax.QArray) -> np.ndarray:
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("sizes, n, k", SHAPES)
 def test_quantized_rows_meet_their_own_expert(sizes, n, k, scheme):
-    w = jax.jit(lambda w: fp8jax.quantize(w, scheme, row_groups=2))(jnp.asarray(normal(1, len(sizes), n, k)))
+    w = quantized(jnp.asarray(normal(1, len(sizes), n, k)), scheme, row_groups=2)
     x = fp8jax.quantize_activation(jnp.asarray(normal(0, 5, k)), w.scheme.activation)
     rows, row_weight = slots_for(sizes, 5)
     out = ops.grouped_scaled_matmul(
@@ -203,9 +208,9 @@ def test_mismatched_groups_are_an_error_that_names_the_sizes():
         ValueError, match=r"x \[m, k\] is \(3, 8\), w \[e, n, k\] is \(2, 5, 9\) and sizes \[e\] is \(2,\)"
     ):
         ops.grouped_matmul(jnp.zeros((3, 8)), jnp.zeros((2, 5, 9)), jnp.zeros(2, jnp.int32))
-    stack = fp8jax.quantize(jnp.ones((2, 8, 8)), "fp8_per_block")
+    stack = fp8jax.QArray(jnp.zeros((2, 8, 8), jnp.float8_e4m3fn), jnp.ones((2, 1, 1)), fp8jax.FP8_PER_BLOCK)
+    x = fp8jax.QActivation(jnp.zeros((3, 8), jnp.float8_e4m3fn), jnp.ones((3, 1)), "token")
     with pytest.raises(ValueError, match="quantized per token, but scheme 'fp8_per_block' wants group"):
-        x = fp8jax.quantize_activation(jnp.ones((3, 8)), "token")
         ops.grouped_scaled_matmul(x, stack, jnp.zeros(2, jnp.int32))
 
 
@@ -213,27 +218,29 @@ def test_mismatched_groups_are_an_error_that_names_the_sizes():
 def test_a_decode_step_reads_no_expert_that_was_not_routed_to(scheme):
     """Neither in its result (the others' scales are NaN) nor in memory (no copy of the stack, in float16 say)."""
     e, n, k = 16, 256, 256
-    w = fp8jax.quantize(jnp.asarray(normal(1, e, n, k)), scheme)
+    w = quantized(jnp.asarray(normal(1, e, n, k)), scheme)
     poisoned = fp8jax.QArray(w.qvalue, w.scale.at[:5].set(jnp.nan).at[6:].set(jnp.nan), w.scheme)
     sizes = jnp.zeros(e, jnp.int32).at[5].set(2)
     step = jax.jit(functools.partial(ops.grouped_scaled_matmul, implementation="xla"))
     x = jnp.asarray(normal(0, 2, k))
     assert np.isfinite(step(x, poisoned, sizes)).all()
-    temporary = step.lower(x, w, sizes).compile().memory_analysis().temp_size_in_bytes
-    assert temporary < w.nbytes  # 1 MB; one expert in float32 is 0.26 MB, the stack in float16 would be 2 MB
+    memory = step.lower(x, w, sizes).compile().memory_analysis()
+    assert (
+        memory is not None and memory.temp_size_in_bytes < w.nbytes
+    )  # 1 MB; one expert in float32 is 0.26 MB, the stack in float16 would be 2 MB
 
 
 # --- experts as a whole --------------------------------------------------------------------------------------------------
 
-E, H, I = 5, 40, 24
+E, H, WIDTH = 5, 40, 24
 
 
 @functools.cache
 def experts_of(scheme: fp8jax.Scheme | str | None) -> Experts:
-    experts = Experts(moe_config(E, 2, I), H, dtype="float32")
-    gate_up, down = jnp.asarray(normal(1, E, 2 * I, H)), jnp.asarray(normal(2, E, H, I))
+    experts = Experts(moe_config(E, 2, WIDTH), H, dtype="float32")
+    gate_up, down = jnp.asarray(normal(1, E, 2 * WIDTH, H)), jnp.asarray(normal(2, E, H, WIDTH))
     if scheme is not None:
-        gate_up, down = fp8jax.quantize(gate_up, scheme, row_groups=2), fp8jax.quantize(down, scheme)
+        gate_up, down = quantized(gate_up, scheme, row_groups=2), quantized(down, scheme)
     experts.gate_up_proj, experts.down_proj = nnx.data(gate_up), nnx.data(down)
     return experts
 
@@ -302,9 +309,9 @@ def test_permuting_the_batch_permutes_the_outputs(scheme):
     x, weights = normal(0, 150, H), np.abs(normal(4, 150, 2))
     before = run(experts_of(scheme), jnp.asarray(x), jnp.asarray(chosen), jnp.asarray(weights))
     after = run(experts_of(scheme), jnp.asarray(x[order]), jnp.asarray(chosen[order]), jnp.asarray(weights[order]))
-    # Rows of a product may be summed in another order at another place of a tile. Quantized: that may flip a code of the
-    # second activation, one step of 2^-3 at most in 48 of them.
-    assert close(after, np.asarray(before)[order], 1e-6 if scheme is None else 1e-2)
+    # A row of a product may be summed in another order at another place of a tile. Quantized, that may flip a code, which
+    # moves one of 300 rows by a percent.
+    assert close(after, np.asarray(before)[order], 1e-6 if scheme is None else 1e-3)
 
 
 def test_contributions_are_added_in_the_order_of_the_choices():

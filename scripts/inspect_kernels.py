@@ -1,0 +1,294 @@
+"""What the compiler makes of the kernels, for a GPU that need not be here: registers, spills, shared memory, tensor cores.
+
+    python scripts/inspect_kernels.py --device h100
+    python scripts/inspect_kernels.py --device l40 --op block_scaled_matmul --model llama-3.1-70b --m 16,4096
+    python scripts/inspect_kernels.py --device h100 --step decode --batch 16 --json step.json
+
+One row a kernel, with the config that would run (tuned if there is a table, else the default) on the widths of a model's
+layers. `--step` compiles a whole decode step, or the prefill of a 2048-token prompt, and lists its launches, its
+temporary bytes, and everything it writes that is as large as the smallest weight and comes from no kernel of ours: a
+copied or converted weight shows there. Layers are alike, so two of them are enough, and kernels a layer is what the
+second one adds.
+
+Needs the extra `[offline-gpu]`. Nothing is timed: there is no GPU in this.
+"""
+
+import dataclasses
+import functools
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fp8jax import benchmarking
+from fp8jax.pallas_kernels import (
+    block_scaled_matmul,
+    decode_attention,
+    quantize,
+    rms_norm_quantize,
+    rope_cache,
+    scaled_matmul,
+    silu_mul_quantize,
+    tuning,
+)
+from fp8jax.pallas_kernels.offline_compile import OfflineCompileError, OfflineCompiler, Program, available
+from fp8jax.pallas_kernels.offline_programs import LINEAR_SHAPES
+from fp8jax.pallas_kernels.offline_report import KernelReport
+from fp8jax.pallas_kernels.offline_targets import TARGETS
+
+# Beside the linear layers: hidden size, query heads, key-value heads, head dimension, inputs of down_proj.
+WIDTHS = {
+    "llama-3.1-8b": {"hidden": 4096, "h": 32, "kv_heads": 8, "d": 128, "inner": 14336},
+    "llama-3.1-70b": {"hidden": 8192, "h": 64, "kv_heads": 8, "d": 128, "inner": 28672},
+}
+_MATMULS = {"scaled_matmul": scaled_matmul, "block_scaled_matmul": block_scaled_matmul}
+_QUANTIZERS = ("quantize", "rms_norm_quantize", "silu_mul_quantize")
+OPS = (*_MATMULS, *_QUANTIZERS, "decode_attention", "rope_cache")
+_CACHE_LENGTH, _PROMPT = 8192, 2048
+_MOST_DECODE_ROWS = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One program to compile: the shape in words, where the program is, its arguments, and the config it will use."""
+
+    op: str
+    shape: str
+    program: str
+    arguments: dict[str, Any]
+    config: Any
+
+
+def cases(op: str, model: str, device: str, m: int) -> Iterator[Case]:
+    """What to compile for one op, one model and m rows."""
+    widths, here = WIDTHS[model], "inspect_kernels"
+    if op in _MATMULS:
+        kind = TARGETS[device].name
+        for layer, (n, k) in LINEAR_SHAPES[model].items():
+            arguments: dict[str, Any] = {"op": op, "m": m, "n": n, "k": k}
+            if entry := tuning.nearest(tuning.load(kind, op), {"m": m, "n": n, "k": k}):
+                config: Any = dict(entry.config)
+                arguments["config"] = config
+            else:
+                config = _MATMULS[op].default_config(kind, m, n, k)
+            program = "fp8jax.pallas_kernels.offline_programs:matmul"
+            yield Case(op, f"{layer} [{m}, {k}] × [{n}, {k}]", program, arguments, config)
+    elif op in _QUANTIZERS:
+        for granularity in ("token", "group"):
+            width = widths["inner"] if op == "silu_mul_quantize" else widths["hidden"]
+            whole_row = op == "rms_norm_quantize" or granularity == "token"
+            config = quantize.whole_row_config(m, width) if whole_row else quantize.default_config(m, width, "group")
+            arguments = {"op": op, "m": m, "width": width, "granularity": granularity}
+            yield Case(op, f"{granularity} [{m}, {width}]", f"{here}:quantizer", arguments, config)
+    elif m <= _MOST_DECODE_ROWS:  # of a decode step, so m is the batch
+        config = rope_cache.default_config()
+        if op == "decode_attention":
+            config = decode_attention.default_config(m, widths["kv_heads"], _CACHE_LENGTH, widths["d"], jnp.bfloat16)
+        shape = f"batch {m}, {widths['h']}/{widths['kv_heads']} heads of {widths['d']}, cache {_CACHE_LENGTH}"
+        yield Case(op, shape, f"{here}:{op}_program", {"m": m, "model": model}, config)
+
+
+bf16 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+f32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+i32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+
+
+def quantizer(op: str, m: int, width: int, granularity: quantize.ActivationGranularity) -> Program:
+    """One quantizing kernel; group scales in the layout that the matmul reads."""
+    if op == "quantize":
+        run = functools.partial(quantize.quantize_activation_triton, granularity=granularity, scale_layout="gm")
+        return Program(lambda x: run(x), (bf16((m, width)),))
+    if op == "silu_mul_quantize":
+        run = functools.partial(silu_mul_quantize.silu_mul_quantize_triton, granularity=granularity, scale_layout="gm")
+        return Program(lambda gate_up: run(gate_up), (bf16((m, 2 * width)),))
+
+    def normed(x: jax.Array, weight: jax.Array, residual: jax.Array) -> Any:
+        return rms_norm_quantize.rms_norm_quantize_triton(
+            x, weight, granularity, epsilon=1e-5, residual=residual, scale_layout="gm"
+        )
+
+    return Program(normed, (bf16((m, width)), bf16((width,)), bf16((m, width))))
+
+
+def decode_attention_program(m: int, model: str) -> Program:
+    """Attention of m rows over a cache."""
+    w = WIDTHS[model]
+    cache = bf16((m, w["kv_heads"], _CACHE_LENGTH, w["d"]))
+    run = functools.partial(decode_attention.decode_attention_triton, scale=w["d"] ** -0.5)
+    return Program(lambda *operands: run(*operands), (bf16((m, w["h"], w["d"])), cache, cache, i32((m,))))
+
+
+def rope_cache_program(m: int, model: str) -> Program:
+    """Rotary embedding and cache write of m rows, the caches donated."""
+    w = WIDTHS[model]
+    cache, angles = bf16((m, w["kv_heads"], _CACHE_LENGTH, w["d"])), f32((m, w["d"] // 2))
+    qkv = bf16((m, (w["h"] + 2 * w["kv_heads"]) * w["d"]))
+    return Program(
+        lambda *operands: rope_cache.rope_cache_triton(*operands),
+        (qkv, angles, angles, cache, cache, i32((m,))),
+        (3, 4),
+    )
+
+
+def inspect_kernels(device: str, ops: list[str], models: list[str], rows: list[int]) -> list[dict[str, Any]]:
+    """One row a kernel and shape."""
+    found = []
+    with OfflineCompiler() as compiler:
+        for op in ops:
+            for model in models:
+                for case in (case for m in rows for case in cases(op, model, device, m)):
+                    start = {"op": case.op, "model": model, "shape": case.shape, "config": _fields(case.config)}
+                    try:
+                        report = compiler.compile(device, case.program, case.arguments)
+                    except OfflineCompileError as error:
+                        found.append(start | {"error": str(error)[-500:]})
+                        continue
+                    found += [start | _facts(kernel) for kernel in report.kernels.values() if _is_ours(kernel.name)]
+    return found
+
+
+def inspect_step(
+    device: str, step: str, model: str, batch: int, scheme: str | None, implementation: str
+) -> dict[str, Any]:
+    """A decode step or a prefill of a model: launches a layer by kind, temporary bytes, and large buffers."""
+    arguments = {"model": model, "batch": batch, "scheme": scheme, "implementation": implementation}
+    program = "fp8jax.offline_models:decode_step"
+    if step == "prefill":
+        program, arguments["tokens"] = "fp8jax.offline_models:prefill", _PROMPT
+    with OfflineCompiler() as compiler:
+        one, two = (compiler.compile(device, program, arguments | {"layers": layers}) for layers in (1, 2))
+    a_layer = Counter(map(_kind, two.launches)) - Counter(map(_kind, one.launches))
+    bytes_of_code = 2 if scheme is None else 1
+    smallest = bytes_of_code * min(n * k for n, k in LINEAR_SHAPES[model].values())
+    return {
+        "step": step,
+        **arguments,
+        "launches_per_layer": sum(a_layer.values()),
+        "launches_per_layer_by_kind": dict(a_layer),
+        "temporary_bytes": two.bytes_by_use["temporary"],
+        "large_buffers": [dataclasses.asdict(buffer) for buffer in two.buffers_of_at_least(smallest)],
+        "kernels": [_facts(kernel) for kernel in two.kernels.values() if _is_ours(kernel.name)],
+    }
+
+
+def _kind(launch: str) -> str:
+    """A launch without the number that XLA gives it: loop_add_fusion_12 is a loop_add_fusion."""
+    return launch.rstrip("0123456789").rstrip("_")
+
+
+def _is_ours(kernel: str) -> bool:
+    return kernel.startswith(
+        ("scaled_matmul", "block_scaled", "quantize_", "rms_norm", "silu_mul", "decode_attention", "rope")
+    )
+
+
+def _fields(config: Any) -> dict[str, Any]:
+    return config if isinstance(config, dict) else dataclasses.asdict(config)
+
+
+def _facts(kernel: KernelReport) -> dict[str, Any]:
+    return {**dataclasses.asdict(kernel), "tensor_cores": _tensor_cores(kernel)}
+
+
+def _tensor_cores(kernel: KernelReport) -> dict[str, int]:
+    return {name: count for name, count in kernel.instructions.items() if "." in name}
+
+
+def render(rows: list[dict[str, Any]], title: str) -> Table:
+    """The kernels as a table."""
+    table = Table(title=title)
+    for heading in (
+        "kernel",
+        "shape",
+        "config",
+        "regs",
+        "spill B",
+        "smem KB",
+        "blocks/SM",
+        "tensor cores",
+        "async copies",
+    ):
+        table.add_column(heading, justify="right" if heading in ("regs", "spill B", "smem KB", "blocks/SM") else "left")
+    for r in rows:
+        shape, config = r.get("shape", f"grid {r.get('grid')}"), _short(r.get("config", {}))
+        if "error" in r:
+            table.add_row(r["op"], shape, config, "", "", "", "", r["error"].splitlines()[-1][:60], "")
+            continue
+        table.add_row(
+            r["name"],
+            shape,
+            config,
+            str(r["registers"]),
+            str(r["spill_bytes"]),
+            f"{r['shared_bytes'] / 1024:.0f}",
+            str(r["blocks_per_sm"]),
+            ", ".join(f"{count} {name}" for name, count in r["tensor_cores"].items()),
+            ", ".join(f"{count} of {width} B" for width, count in r["copy_widths"].items()),
+        )
+    return table
+
+
+def _short(config: dict[str, Any]) -> str:
+    """16×64×256 4w st4, and what else is not as usual."""
+    tile = "×".join(str(config[name]) for name in ("block_m", "block_n", "block_k", "block_s") if name in config)
+    words = [tile, f"{config['num_warps']}w" if "num_warps" in config else ""]
+    words.append(f"st{config['num_stages']}" if "num_stages" in config else "")
+    words.append(f"split {splits}" if (splits := config.get("split_k", config.get("splits", 1))) > 1 else "")
+    words.append("swapped" if config.get("swap_operands") else "")
+    words.append(f"promoted {config['promotion']}" if config.get("promotion", "none") != "none" else "")
+    return " ".join(word for word in words if word)
+
+
+def main(
+    device: Annotated[str, typer.Option(help=f"One of {', '.join(TARGETS)}.")],
+    op: Annotated[str, typer.Option(help=f"Comma-separated, of {', '.join(OPS)}; all by default.")] = ",".join(OPS),
+    model: Annotated[str, typer.Option(help=f"Comma-separated, of {', '.join(WIDTHS)}.")] = "llama-3.1-8b",
+    m: Annotated[str, typer.Option(help="Rows.")] = "1,16,64,256,4096",
+    step: Annotated[str, typer.Option(help="decode or prefill: compile the model's whole step instead.")] = "",
+    batch: Annotated[int, typer.Option(help="Rows of that step.")] = 1,
+    scheme: Annotated[str, typer.Option(help="Scheme of that step; bf16 for none.")] = "fp8_per_tensor",
+    implementation: Annotated[str, typer.Option(help="Implementation of that step.")] = "auto",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Save all of it here.")] = None,
+) -> None:
+    """Compile kernels for a GPU and print what came out."""
+    for chosen, known in ((device, TARGETS), (op, OPS), (model, WIDTHS), (step or "decode", ("decode", "prefill"))):
+        if unknown := set(chosen.split(",")) - set(known):
+            raise SystemExit(f"inspect_kernels: unknown {sorted(unknown)}; choose of {', '.join(known)}")
+    if reason := available():
+        raise SystemExit(f"inspect_kernels: {reason}")
+    console = Console(width=180)
+    content: dict[str, Any] = {"device": TARGETS[device].name, "versions": benchmarking.versions()}
+    models = model.split(",")
+    if step:
+        try:
+            steps = [
+                inspect_step(device, step, name, batch, None if scheme == "bf16" else scheme, implementation)
+                for name in models
+            ]
+        except OfflineCompileError as error:
+            raise SystemExit(f"inspect_kernels: {error}") from None
+        content["steps"] = steps
+        for found in steps:
+            console.print(render(found["kernels"], f"{step} of {found['model']}, batch {batch}, {scheme}, on {device}"))
+            kinds = ", ".join(f"{count} {kind}" for kind, count in found["launches_per_layer_by_kind"].items())
+            console.print(f"launches a layer: {found['launches_per_layer']} ({kinds})")
+            console.print(f"temporary memory of two layers: {found['temporary_bytes'] / 1e6:.1f} MB")
+            large = [f"{b['opcode']} {b['dtype']}{list(b['shape'])}" for b in found["large_buffers"]]
+            console.print(f"moved or converted, as large as a weight: {', '.join(large) or 'nothing'}")
+    else:
+        content["kernels"] = inspect_kernels(device, op.split(","), models, [int(part) for part in m.split(",")])
+        console.print(render(content["kernels"], f"kernels on {TARGETS[device].name}, compiled offline"))
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        json_file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    typer.run(main)
