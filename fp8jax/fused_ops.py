@@ -84,14 +84,20 @@ def add_rms_norm(
     return rms_norm(stream, weight, epsilon=epsilon), stream
 
 
-def silu_mul(
-    gate_up: jax.Array | PartialSums, *, reader: Any = None, implementation: Implementation = "auto"
+def silu_mul(gate_up: jax.Array) -> jax.Array:
+    """silu(gate) · up in float32, for gate and up side by side in the last dimension."""
+    gate, up = jnp.split(gate_up.astype(jnp.float32), 2, axis=-1)
+    return (gate * jax.nn.sigmoid(gate) * up).astype(gate_up.dtype)
+
+
+def silu_mul_for(
+    reader: Any, gate_up: jax.Array | PartialSums, *, implementation: Implementation = "auto"
 ) -> jax.Array | QActivation:
-    """silu(gate) · up in float32, for gate and up side by side in the last dimension.
+    """`silu_mul` for who reads it.
 
     Args:
-        gate_up: float `[..., 2i]`.
         reader: the weight that the result meets.
+        gate_up: float `[..., 2i]`.
         implementation: what runs it.
     Returns:
         `[..., i]`, or a `QActivation` `[m, i]`.
@@ -106,9 +112,7 @@ def silu_mul(
                 x, granularity, dtype=dtype, scale_layout=_LAYOUT, interpret=interpreting()
             )
             return QActivation(codes, scale, granularity, _LAYOUT)
-    gate_up = _whole(gate_up)
-    gate, up = jnp.split(gate_up.astype(jnp.float32), 2, axis=-1)
-    return (gate * jax.nn.sigmoid(gate) * up).astype(gate_up.dtype)
+    return silu_mul(_whole(gate_up))
 
 
 def decodes_in_kernels(h: int, cache: LayerCache, dtype: Any, implementation: Implementation) -> bool:

@@ -14,7 +14,7 @@ from flax import nnx
 from jax import lax
 
 from fp8jax import fused_ops, ops
-from fp8jax.fused_ops import silu_mul
+from fp8jax.fused_ops import silu_mul as silu_mul
 from fp8jax.kv_cache import LayerCache
 from fp8jax.ops import PartialSums, QActivation
 from fp8jax.qarray import QArray
@@ -245,5 +245,5 @@ class MLP(nnx.Module):
 
     def __call__(self, x: jax.Array | QActivation, step: Step) -> jax.Array | PartialSums:
         gate_up = self.gate_up_proj.in_parts(x, step)
-        y = silu_mul(gate_up, reader=self.down_proj.weight, implementation=step.implementation)
+        y = fused_ops.silu_mul_for(self.down_proj.weight, gate_up, implementation=step.implementation)
         return self.down_proj.in_parts(y, step)

@@ -88,7 +88,8 @@ def quantize_activation(
     Raises:
         NotImplementedError: "triton" was named and has no kernel for this.
     """
-    unsupported = quantize.supported(*x.shape, x.dtype, granularity)
+    m, k = x.shape
+    unsupported = quantize.supported(m, k, x.dtype, granularity)
     if kernel_choice.runs_kernel("quantize_activation", implementation, unsupported):
         codes, scale = quantize.quantize_activation_triton(
             x, granularity, scale_layout=scale_layout, interpret=interpreting()
@@ -167,7 +168,7 @@ def _scaled_matmul(
         )
 
     blocks = w.scheme.weight == "block"
-    config = _kernel_config("block_scaled_matmul" if blocks else "scaled_matmul", implementation, m, *w_shape)
+    config = _kernel_config(w, m, jnp.dtype(out_dtype), implementation)
     operands = (x.qvalue, x.scale, w.qvalue, w.scale)
     if config is None:
         reference = block_kernel.block_scaled_matmul_reference if blocks else scaled_kernel.scaled_matmul_reference
@@ -183,13 +184,16 @@ def _scaled_matmul(
 
 
 def _kernel_config(
-    op: Literal["scaled_matmul", "block_scaled_matmul"], implementation: Implementation, m: int, n: int, k: int
+    w: QArray, m: int, out_dtype: jnp.dtype, implementation: Implementation
 ) -> matmul_config.Config | None:
-    """The tiles that the kernel runs with: measured, else by rule; None where the reference runs instead."""
+    """The tiles that the kernel for m rows runs with: measured, else by rule; None where the reference runs instead."""
+    (n, k), op = w.shape, "block_scaled_matmul" if w.scheme.weight == "block" else "scaled_matmul"
     kind = kernel_choice.device_kind(implementation)
     unsupported = matmul_config.unsupported(kind, m, n, k) if kind else None
     if not kernel_choice.runs_kernel(op, implementation, unsupported):
         return None
+    if op == "scaled_matmul" and out_dtype == jnp.float32:  # who asks for float32 asks for a sum that loses nothing
+        return matmul_config.default_scaled_config(kind, m, n, k, precise=True)
     measured = kernel_choice.tuned(op, implementation, m=m, n=n, k=k)
     if measured is not None and implementation == "auto" and measured.implementation == "xla":
         return None

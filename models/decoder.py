@@ -103,7 +103,7 @@ class DecoderLayer(nnx.Module):
         y, x = self.post_attention_layernorm.after_adding(
             x, attended, step, multiplier=multiplier, reader=mlp.gate_up_proj.weight if isinstance(mlp, MLP) else None
         )
-        return x, mlp(y, step), cache
+        return x, mlp(y, step), cache  # pyright: ignore[reportArgumentType]  (experts are no reader: y is an array)
 
 
 class Decoder(nnx.Module):

@@ -240,8 +240,8 @@ def current_device_kind() -> str:
     return device.device_kind if device is not None and device.platform == "gpu" else ""
 
 
-def current_device() -> jax.Device | None:
-    """The device that computations go to by default; None under a mesh that names a device which need not be here."""
+def current_device() -> Any:
+    """The `jax.Device` that computations go to by default; None under a mesh that names a device which need not be here."""
     if jax.sharding.get_abstract_mesh().abstract_device is not None:
         return None
     default = jax.config.jax_default_device

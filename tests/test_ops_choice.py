@@ -6,7 +6,6 @@ H100 stands in for one; nothing is compiled for it here (tests/test_offline_deco
 
 import functools
 import logging
-import re
 from types import SimpleNamespace
 
 import jax
@@ -14,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden_checkpoints import GOLDENS, SCHEMES, golden, load, relative_error
-from jax.sharding import AbstractDevice, AbstractMesh
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 import fp8jax
 from fp8jax import kernel_choice, offline_models, ops
@@ -26,21 +25,33 @@ from fp8jax.pallas_kernels.matmul_config import Config
 rng = np.random.default_rng(20)
 X = jnp.asarray(rng.standard_normal((17, 160)), jnp.bfloat16)
 W = jnp.asarray(rng.standard_normal((96, 160)), jnp.bfloat16)
+QUANTIZED = {scheme: jax.jit(functools.partial(fp8jax.quantize, scheme=scheme))(W) for scheme in SCHEMES}
 
 
 def on(kind: str):
     device = AbstractDevice(device_kind=kind, num_cores=None, platform="gpu")
-    return jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device))
+    return jax.sharding.use_abstract_mesh(
+        AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
+    )
 
 
 def kernels_of(function, *arguments) -> list[str]:
     """Names of the kernels in a traced program, in order."""
-    return re.findall(r"name=(\w+_\w+)\s+out_avals", str(jax.make_jaxpr(function)(*arguments)))
+
+    def walk(jaxpr):
+        for equation in jaxpr.eqns:
+            if equation.primitive.name == "pallas_call":
+                yield equation.params["name"]
+                continue
+            for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda v: hasattr(v, "eqns")):
+                if hasattr(value, "eqns"):
+                    yield from walk(value)
+
+    return list(walk(jax.make_jaxpr(function)(*arguments)))
 
 
 def product(implementation: ops.Implementation, scheme: str = "fp8_per_block"):
-    w = fp8jax.quantize(W, scheme)
-    return lambda x: ops.scaled_matmul(x, w, implementation=implementation)
+    return lambda x: ops.scaled_matmul(x, QUANTIZED[scheme], implementation=implementation)
 
 
 def test_an_unknown_implementation_is_named_with_the_known_ones():
@@ -87,14 +98,14 @@ def test_a_gpu_that_is_not_known_to_have_fp8_gets_no_kernel():
 
 
 def test_group_scales_in_either_layout_give_the_same_product():
-    w = fp8jax.quantize(W, "fp8_per_block")
+    w = QUANTIZED["fp8_per_block"]
     by_row = ops.quantize_activation(X, "group")
     by_group = ops.quantize_activation(X, "group", scale_layout="gm")
     assert by_group.scale.shape == by_row.scale.shape[::-1] == (2, 17)
     np.testing.assert_array_equal(ops.scaled_matmul(by_group, w), ops.scaled_matmul(by_row, w))
     with interpreted_kernels():
-        found = [ops.scaled_matmul(x, w, implementation="triton") for x in (by_row, by_group)]
-    np.testing.assert_array_equal(*found)
+        first, second = (ops.scaled_matmul(x, w, implementation="triton") for x in (by_row, by_group))
+    np.testing.assert_array_equal(first, second)
 
 
 @pytest.mark.parametrize("capability, old", [
@@ -109,7 +120,7 @@ def test_an_ampere_gpu_keeps_activations_as_they_are_and_says_so_once(monkeypatc
     ampere = SimpleNamespace(platform="gpu", device_kind="NVIDIA A10", compute_capability="8.6")
     monkeypatch.setattr(kernel_choice, "current_device", lambda: ampere)
     kernel_choice._say_weight_only.cache_clear()
-    w, bias = fp8jax.quantize(W, scheme), jnp.arange(96, dtype=jnp.bfloat16)
+    w, bias = QUANTIZED[scheme], jnp.arange(96, dtype=jnp.bfloat16)
     with caplog.at_level(logging.WARNING, "fp8jax"):
         out = ops.scaled_matmul(X, w, bias=bias)
         ops.scaled_matmul(X, w)
@@ -129,18 +140,29 @@ def entry(config: Config, **changes) -> tuning.Entry:
 @pytest.fixture
 def tuned(tmp_path, monkeypatch):
     """Write a table for the H100 that lasts as long as the test."""
-    monkeypatch.setattr(tuning, "load", functools.partial(tuning.load, folder=tmp_path))
+    load_from_there = functools.partial(tuning.load, folder=tmp_path)
+    monkeypatch.setattr(kernel_choice, "tuning", SimpleNamespace(load=load_from_there, nearest=tuning.nearest))
     return lambda entries: tuning.save("NVIDIA H100", "block_scaled_matmul", entries, folder=tmp_path)
 
 
 def test_a_measured_config_beats_the_rule_where_the_shape_is_near(tuned):
     measured = Config(block_m=32, block_n=128, block_k=128, num_warps=8, swap_operands=True)
     tuned([entry(measured)])
+
+    def chosen(kind: str, m: int) -> Config | None:
+        with on(kind):
+            return ops._kernel_config(QUANTIZED["fp8_per_block"], m, jnp.dtype(jnp.bfloat16), "auto")
+
+    assert chosen("NVIDIA H100", 17) == measured
+    assert chosen("NVIDIA H100", 17 * 64) != measured
+    assert chosen("NVIDIA L40", 17) != measured
+
+
+def test_float32_results_come_from_promoted_sums():
+    w = QUANTIZED["fp8_per_tensor"]
     with on("NVIDIA H100"):
-        assert ops._kernel_config("block_scaled_matmul", "auto", 17, 96, 160) == measured
-        assert ops._kernel_config("block_scaled_matmul", "auto", 17, 96, 4096) != measured
-    with on("NVIDIA L40"):
-        assert ops._kernel_config("block_scaled_matmul", "auto", 17, 96, 160) != measured
+        configs = [ops._kernel_config(w, 17, jnp.dtype(dtype), "auto") for dtype in ("float32", "bfloat16")]
+    assert [config and config.promotion for config in configs] == ["tensor_core", "none"]
 
 
 def test_auto_takes_xla_where_xla_measured_faster_and_triton_does_what_it_is_told(tuned):
@@ -244,4 +266,4 @@ def test_a_quantized_activation_of_another_granularity_is_refused():
     x = ops.quantize_activation(X, "token")
     assert isinstance(x, QActivation)
     with pytest.raises(ValueError, match="quantized per token, but scheme 'fp8_per_block' wants group"):
-        ops.scaled_matmul(x, fp8jax.quantize(W, "fp8_per_block"))
+        ops.scaled_matmul(x, QUANTIZED["fp8_per_block"])
