@@ -112,15 +112,7 @@ def time_calls(
         l2: copied into the result; see `sets_needed`.
     """
     calls = rounds * len(operand_sets)
-
-    def program(sets: list[tuple[Any, ...]]) -> list[Any]:
-        outputs: list[Any] = []
-        for operands in sets * rounds:
-            if outputs:
-                operands, outputs[-1] = lax.optimization_barrier((operands, outputs[-1]))
-            outputs.append(function(*operands))
-        return outputs
-
+    program = one_after_another(function, rounds=rounds)
     # A program below this size becomes no CUDA graph; other backends do not look at it.
     run = jax.jit(program, compiler_options={"xla_gpu_graph_min_graph_size": 1_000_000})
     operands = list(operand_sets)
@@ -137,6 +129,20 @@ def time_calls(
         calls=depth * calls,
         l2=l2,
     )
+
+
+def one_after_another(function: Callable[..., Any], *, rounds: int = 1) -> Callable[[list[tuple[Any, ...]]], list[Any]]:
+    """A function of a list of operand tuples: calls `function` on each, in this order, and returns all results."""
+
+    def program(sets: list[tuple[Any, ...]]) -> list[Any]:
+        outputs: list[Any] = []
+        for operands in sets * rounds:
+            if outputs:
+                operands, outputs[-1] = lax.optimization_barrier((operands, outputs[-1]))
+            outputs.append(function(*operands))
+        return outputs
+
+    return program
 
 
 def _seconds(run: Callable[[Any], Any], operands: Any, depth: int) -> float:

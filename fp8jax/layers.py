@@ -13,8 +13,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from fp8jax import ops
+from fp8jax import fused_ops, ops
+from fp8jax.fused_ops import silu_mul as silu_mul
 from fp8jax.kv_cache import LayerCache
+from fp8jax.ops import PartialSums, QActivation
 from fp8jax.qarray import QArray
 from fp8jax.rotary_embedding import rotate
 
@@ -58,20 +60,31 @@ class Linear(nnx.Module):
     def __init__(self, shards: tuple[tuple[str, int], ...], k: int, *, dtype, bias: Literal["yes", "no"] = "no"):
         n = sum(rows for _, rows in shards)
         self.shards = shards
+        self.dtype = jnp.dtype(dtype)
         self.weight: Any = nnx.data(jax.ShapeDtypeStruct((n, k), dtype))
         self.bias: Any = nnx.data(jax.ShapeDtypeStruct((n,), dtype) if bias == "yes" else None)
 
-    def __call__(self, x: jax.Array, step: Step) -> jax.Array:
+    def __call__(self, x: jax.Array | QActivation, step: Step) -> jax.Array:
+        """`[b, t, k]`, or its rows quantized as the weight wants them, to `[b, t, n]`."""
+        y = self.in_parts(x, step)
+        return y.total() if isinstance(y, PartialSums) else y
+
+    def in_parts(self, x: jax.Array | QActivation, step: Step) -> jax.Array | PartialSums:
+        """The same for an operation that adds up the pieces of a split product itself."""
         if not isinstance(self.weight, QArray):
+            assert not isinstance(x, QActivation), "activations are quantized for quantized weights only"
             return ops.matmul(x, self.weight, bias=self.bias)
-        *leading, k = x.shape
-        y = ops.scaled_matmul(
-            x.reshape(-1, k),
+        leading = step.positions.shape if isinstance(x, QActivation) else x.shape[:-1]
+        y = ops.scaled_matmul_in_parts(
+            x if isinstance(x, QActivation) else x.reshape(-1, x.shape[-1]),
             self.weight,
             bias=self.bias,
+            out_dtype=self.dtype,
             valid=None if step.valid is None else step.valid.reshape(-1),
             implementation=step.implementation,
         )
+        if isinstance(y, PartialSums):
+            return PartialSums(y.parts.reshape(-1, *leading, y.parts.shape[-1]), y.dtype)
         return y.reshape(*leading, -1)
 
 
@@ -86,17 +99,28 @@ class Embedding(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) · weight, the mean square in float32, the normalised value cast to x's dtype before the weight comes
-    in."""
+    """x / rms(x) · weight."""
 
     def __init__(self, size: int, *, epsilon: float, dtype):
         self.epsilon = epsilon
         self.weight: Any = nnx.data(jax.ShapeDtypeStruct((size,), dtype))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        wide = x.astype(jnp.float32)
-        mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
-        return (wide * lax.rsqrt(mean_square + jnp.float32(self.epsilon))).astype(x.dtype) * self.weight
+        return fused_ops.rms_norm(x, self.weight, epsilon=self.epsilon)
+
+    def after_adding(
+        self, stream: jax.Array, added: jax.Array | PartialSums | None, step: Step, *, multiplier: float, reader: Any
+    ) -> tuple[jax.Array | QActivation, jax.Array]:
+        """The residual stream plus multiplier · added, normalised for the weight that reads it; and that new stream."""
+        return fused_ops.add_rms_norm(
+            stream,
+            added,
+            self.weight,
+            epsilon=self.epsilon,
+            multiplier=multiplier,
+            reader=reader,
+            implementation=step.implementation,
+        )
 
 
 class Attention(nnx.Module):
@@ -120,8 +144,12 @@ class Attention(nnx.Module):
             widths = (c.head_dim, c.head_dim) if c.qk_norm == "head" else (q, kv)
             self.q_norm, self.k_norm = (RMSNorm(width, epsilon=c.rms_norm_eps, dtype=dtype) for width in widths)
 
-    def __call__(self, x: jax.Array, step: Step, cache: LayerCache | None) -> tuple[jax.Array, LayerCache | None]:
-        b, t, _ = x.shape
+    def __call__(
+        self, x: jax.Array | QActivation, step: Step, cache: LayerCache | None
+    ) -> tuple[jax.Array | PartialSums, LayerCache | None]:
+        b, t = step.positions.shape
+        if cache is not None and step.attends == "cache" and t == 1 and self._decodes_in_kernels(step, cache):
+            return self._decode(x, step, cache)
         widths = [self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim]
         q, k, v = jnp.split(self.qkv_proj(x, step), [widths[0], sum(widths)], axis=-1)
         if self.qk_norm == "whole":
@@ -139,7 +167,33 @@ class Attention(nnx.Module):
         if cache is not None and step.attends == "cache":
             k, v = cache.key, cache.value
         out = attention(q, k, v, positions=step.positions, scale=self.scale, window=self.window)
-        return self.o_proj(out.swapaxes(1, 2).reshape(b, t, -1), step), cache
+        return self.o_proj.in_parts(out.swapaxes(1, 2).reshape(b, t, -1), step), cache
+
+    def _decodes_in_kernels(self, step: Step, cache: LayerCache) -> bool:
+        return self.qk_norm != "whole" and fused_ops.decodes_in_kernels(
+            self.num_heads, cache, self.o_proj.dtype, step.implementation
+        )
+
+    def _decode(
+        self, x: jax.Array | QActivation, step: Step, cache: LayerCache
+    ) -> tuple[jax.Array | PartialSums, LayerCache]:
+        """The same for one token a row, in three kernels between the two products."""
+        normalises, positions = self.qk_norm == "head", step.positions[:, 0]
+        q, cache = fused_ops.rope_and_write(
+            self.qkv_proj.in_parts(x, step),
+            step.cos[:, 0],
+            step.sin[:, 0],
+            cache,
+            positions,
+            q_norm=self.q_norm.weight if normalises else None,
+            k_norm=self.k_norm.weight if normalises else None,
+            epsilon=self.q_norm.epsilon if normalises else 0.0,
+            clip=self.clip_qkv,
+        )
+        out = fused_ops.decode_attention(
+            q, cache, positions + 1, scale=self.scale, window=self.window, reader=self.o_proj.weight
+        )
+        return self.o_proj.in_parts(out, step), cache
 
 
 def attention(
@@ -189,11 +243,7 @@ class MLP(nnx.Module):
         self.gate_up_proj = Linear(shards, c.hidden_size, dtype=c.dtype, bias=c.mlp_bias)
         self.down_proj = Linear((("down_proj", c.hidden_size),), intermediate_size, dtype=c.dtype, bias=c.mlp_bias)
 
-    def __call__(self, x: jax.Array, step: Step) -> jax.Array:
-        return self.down_proj(silu_mul(self.gate_up_proj(x, step)), step)
-
-
-def silu_mul(gate_up: jax.Array) -> jax.Array:
-    """silu(gate) · up in float32, for gate and up side by side in the last dimension."""
-    gate, up = jnp.split(gate_up.astype(jnp.float32), 2, axis=-1)
-    return (gate * jax.nn.sigmoid(gate) * up).astype(gate_up.dtype)
+    def __call__(self, x: jax.Array | QActivation, step: Step) -> jax.Array | PartialSums:
+        gate_up = self.gate_up_proj.in_parts(x, step)
+        y = fused_ops.silu_mul_for(self.down_proj.weight, gate_up, implementation=step.implementation)
+        return self.down_proj.in_parts(y, step)

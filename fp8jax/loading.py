@@ -274,16 +274,18 @@ def _quantize_shards(shards: Sequence[jax.Array], scheme: Scheme) -> QArray:
 def _put(stack: QArray | jax.Array, expert: jax.Array, value: QArray | jax.Array) -> QArray | jax.Array:
     """The stack with one expert written into it, in place.
 
-    A program of its own: fused with what computes the codes, XLA's CPU backend does it all in one slow loop.
+    A program of its own: fused with what computes the codes, XLA's CPU backend does it all in one slow loop. And a slice, for
+    `.at[expert].set` is a scatter, which copies the stack.
     """
 
     def write(whole: jax.Array, part: jax.Array) -> jax.Array:
         part = part.reshape(whole.shape[1:])
         if whole.dtype != jnp.float8_e4m3fn:
-            return whole.at[expert].set(part)
+            return jax.lax.dynamic_update_index_in_dim(whole, part, expert, axis=0)
         # As bytes: where a device has no FP8, XLA would take the whole stack to float16 and back to change a part of it.
         whole, part = (jax.lax.bitcast_convert_type(codes, jnp.uint8) for codes in (whole, part))
-        return jax.lax.bitcast_convert_type(whole.at[expert].set(part), jnp.float8_e4m3fn)
+        whole = jax.lax.dynamic_update_index_in_dim(whole, part, expert, axis=0)
+        return jax.lax.bitcast_convert_type(whole, jnp.float8_e4m3fn)
 
     return jax.tree.map(write, stack, value)
 

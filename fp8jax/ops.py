@@ -1,12 +1,16 @@
-"""The operations that a layer calls, and the choice of what runs them.
+"""The products that a layer calls, and the choice of what runs them.
 
 `implementation` says what:
     "xla"     the plain-jnp reference in the kernel's file; works on every device
     "triton"  the Pallas-Triton kernel; raises where there is none for the device, shape or scheme
-    "auto"    the fastest measured for device and shape
+    "auto"    what is fastest for device and shape, see `kernel_choice`
 
 x is quantized here unless it comes quantized (`QActivation`), so that an operation which has just produced x can hand
-over codes instead.
+over codes instead (`fused_ops`). At the other end a product may stay in pieces (`PartialSums`): a kernel that splits k
+leaves a sum to its successor, which reads the result anyway.
+
+Where "auto" finds a GPU without FP8 tensor cores, weights stay FP8 in memory and products are those of the activation
+dtype: x @ (q · s).T with x as it is.
 """
 
 from dataclasses import dataclass, field
@@ -16,25 +20,53 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fp8jax.pallas_kernels.block_scaled_matmul import block_scaled_matmul_reference
+from fp8jax import kernel_choice
+from fp8jax.kernel_choice import IMPLEMENTATIONS as IMPLEMENTATIONS
+from fp8jax.kernel_choice import Implementation as Implementation
+from fp8jax.pallas_kernels import block_scaled_matmul as block_kernel
+from fp8jax.pallas_kernels import matmul_config, matmul_tiles, quantize
+from fp8jax.pallas_kernels import scaled_matmul as scaled_kernel
 from fp8jax.pallas_kernels.grouped_matmul import grouped_matmul_reference, grouped_scaled_matmul_reference
-from fp8jax.pallas_kernels.quantize import quantize_activation_reference
-from fp8jax.pallas_kernels.scaled_matmul import scaled_matmul_reference
-from fp8jax.qarray import QArray
+from fp8jax.pallas_kernels.interpret_mode import interpreting
+from fp8jax.pallas_kernels.quantize import ScaleLayout
+from fp8jax.qarray import QArray, dequantize
 from fp8jax.schemes import ActivationGranularity
-
-Implementation = Literal["auto", "xla", "triton"]
-IMPLEMENTATIONS = ("auto", "xla", "triton")
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class QActivation:
-    """Quantized activations: codes `[m, k]` and scales as in `pallas_kernels/quantize.py`."""
+    """Quantized activations: codes `[m, k]` and scales as in `pallas_kernels/quantize.py`.
+
+    Args:
+        scale_layout: of "group" scales, `[m, groups]` or `[groups, m]` (static).
+    """
 
     qvalue: jax.Array
     scale: jax.Array
     granularity: ActivationGranularity = field(metadata={"static": True})
+    scale_layout: ScaleLayout = field(default="mg", metadata={"static": True})
+
+    def scale_by_row(self) -> jax.Array:
+        """The scales as the references take them."""
+        return self.scale.T if self.granularity == "group" and self.scale_layout == "gm" else self.scale
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PartialSums:
+    """A product `[..., n]` in pieces that are still to be added up.
+
+    Args:
+        parts: float32 `[splits, ..., n]`.
+        dtype: what their sum is rounded to (static).
+    """
+
+    parts: jax.Array
+    dtype: jax.typing.DTypeLike = field(metadata={"static": True})
+
+    def total(self) -> jax.Array:
+        return matmul_tiles.sum_of_splits(self.parts, self.dtype)
 
 
 def quantize_activation(
@@ -42,6 +74,7 @@ def quantize_activation(
     granularity: ActivationGranularity,
     *,
     valid: jax.Array | None = None,
+    scale_layout: ScaleLayout = "mg",
     implementation: Implementation = "auto",
 ) -> QActivation:
     """Quantize rows of activations.
@@ -50,12 +83,21 @@ def quantize_activation(
         x: float `[m, k]`.
         granularity: "token", "group" or "tensor".
         valid: bool `[m]`, rows that count for the amax of "tensor".
+        scale_layout: of "group" scales.
         implementation: what runs it.
     Raises:
         NotImplementedError: "triton" was named and has no kernel for this.
     """
-    _choose(implementation)
-    return QActivation(*quantize_activation_reference(x, granularity, valid=valid), granularity)
+    m, k = x.shape
+    unsupported = quantize.supported(m, k, x.dtype, granularity)
+    if kernel_choice.runs_kernel("quantize_activation", implementation, unsupported):
+        codes, scale = quantize.quantize_activation_triton(
+            x, granularity, scale_layout=scale_layout, interpret=interpreting()
+        )
+    else:
+        codes, scale = quantize.quantize_activation_reference(x, granularity, valid=valid)
+        scale = scale.T if granularity == "group" and scale_layout == "gm" else scale
+    return QActivation(codes, scale, granularity, scale_layout)
 
 
 def scaled_matmul(
@@ -82,19 +124,95 @@ def scaled_matmul(
         ValueError: shapes or granularities that do not belong together.
         NotImplementedError: "triton" was named and has no kernel for this.
     """
+    out = _scaled_matmul(x, w, bias, out_dtype, valid, implementation, sums="added")
+    assert isinstance(out, jax.Array)
+    return out
+
+
+def scaled_matmul_in_parts(
+    x: jax.Array | QActivation,
+    w: QArray,
+    *,
+    bias: jax.Array | None = None,
+    out_dtype: jax.typing.DTypeLike | None = None,
+    valid: jax.Array | None = None,
+    implementation: Implementation = "auto",
+) -> jax.Array | PartialSums:
+    """`scaled_matmul` for an operation that can add up the pieces itself; an array where k was not split."""
+    return _scaled_matmul(x, w, bias, out_dtype, valid, implementation, sums="in parts")
+
+
+def _scaled_matmul(
+    x: jax.Array | QActivation,
+    w: QArray,
+    bias: jax.Array | None,
+    out_dtype: jax.typing.DTypeLike | None,
+    valid: jax.Array | None,
+    implementation: Implementation,
+    *,
+    sums: Literal["added", "in parts"],
+) -> jax.Array | PartialSums:
     if out_dtype is None:
         out_dtype = jnp.dtype(jnp.bfloat16 if isinstance(x, QActivation) else x.dtype)
+    (m, k), w_shape = x.qvalue.shape if isinstance(x, QActivation) else x.shape, w.shape
+    if len(w_shape) != 2 or k != w_shape[1]:
+        raise ValueError(f"scaled_matmul: x [m, k] is {(m, k)} and w [n, k] is {w_shape}; k must be the same")
     if not isinstance(x, QActivation):
-        x = quantize_activation(x, w.scheme.activation, valid=valid, implementation=implementation)
+        if kernel_choice.weight_only(implementation):
+            return _weight_only_matmul(x, w, bias, out_dtype)
+        layout: ScaleLayout = "gm" if kernel_choice.device_kind(implementation) else "mg"  # as the kernel reads them
+        x = quantize_activation(x, w.scheme.activation, valid=valid, scale_layout=layout, implementation=implementation)
     if x.granularity != w.scheme.activation:
         raise ValueError(
             f"scaled_matmul: x was quantized per {x.granularity}, but scheme {w.scheme.name!r} wants {w.scheme.activation}"
         )
-    if len(w.shape) != 2 or x.qvalue.shape[1] != w.shape[1]:
-        raise ValueError(f"scaled_matmul: x [m, k] is {x.qvalue.shape} and w [n, k] is {w.shape}; k must be the same")
-    _choose(implementation)
-    reference = block_scaled_matmul_reference if w.scheme.weight == "block" else scaled_matmul_reference
-    return reference(x.qvalue, x.scale, w.qvalue, w.scale, bias=bias, out_dtype=out_dtype)
+
+    blocks = w.scheme.weight == "block"
+    config = _kernel_config(w, m, jnp.dtype(out_dtype), implementation)
+    operands = (x.qvalue, x.scale, w.qvalue, w.scale)
+    if config is None:
+        reference = block_kernel.block_scaled_matmul_reference if blocks else scaled_kernel.scaled_matmul_reference
+        return reference(x.qvalue, x.scale_by_row(), w.qvalue, w.scale, bias=bias, out_dtype=out_dtype)
+    options = {"bias": bias, "config": config, "interpret": interpreting()}
+    if blocks:
+        options["x_scale_layout"] = x.scale_layout
+    if sums == "in parts" and m and config.splits(k)[0] > 1:
+        in_parts = block_kernel.block_scaled_matmul_partials if blocks else scaled_kernel.scaled_matmul_partials
+        return PartialSums(in_parts(*operands, **options), jnp.dtype(out_dtype))
+    whole = block_kernel.block_scaled_matmul_triton if blocks else scaled_kernel.scaled_matmul_triton
+    return whole(*operands, out_dtype=jnp.dtype(out_dtype), **options)
+
+
+def _kernel_config(
+    w: QArray, m: int, out_dtype: jnp.dtype, implementation: Implementation
+) -> matmul_config.Config | None:
+    """The tiles that the kernel for m rows runs with: measured, else by rule; None where the reference runs instead."""
+    (n, k), op = w.shape, "block_scaled_matmul" if w.scheme.weight == "block" else "scaled_matmul"
+    kind = kernel_choice.device_kind(implementation)
+    unsupported = matmul_config.unsupported(kind, m, n, k) if kind else None
+    if not kernel_choice.runs_kernel(op, implementation, unsupported):
+        return None
+    if op == "scaled_matmul" and out_dtype == jnp.float32:  # who asks for float32 asks for a sum that loses nothing
+        return matmul_config.default_scaled_config(kind, m, n, k, precise=True)
+    measured = kernel_choice.tuned(op, implementation, m=m, n=n, k=k)
+    if measured is not None and implementation == "auto" and measured.implementation == "xla":
+        return None
+    if measured is not None:
+        return matmul_config.Config(**measured.config)
+    by_rule = scaled_kernel.default_config if op == "scaled_matmul" else block_kernel.default_config
+    return by_rule(kind, m, n, k)
+
+
+def _weight_only_matmul(x: jax.Array, w: QArray, bias: jax.Array | None, out_dtype: jax.typing.DTypeLike) -> jax.Array:
+    if w.scheme.weight == "block":
+        # One rounding more than scaling the sums, but a sum over k meets many blocks.
+        return matmul(x, dequantize(w).astype(x.dtype), bias=bias).astype(out_dtype)
+    codes = w.qvalue.astype(x.dtype)  # exact in every activation dtype
+    out = lax.dot_general(
+        x, codes, (((1,), (1,)), ((), ())), precision=precision_of(x.dtype), preferred_element_type=jnp.float32
+    )
+    out = out * w.scale.reshape(1, -1)
+    return (out if bias is None else out + bias.astype(jnp.float32)).astype(out_dtype)
 
 
 def matmul(x: jax.Array, w: jax.Array, *, bias: jax.Array | None = None) -> jax.Array:
@@ -154,10 +272,10 @@ def grouped_scaled_matmul(
     if w.scheme.weight == "channel":
         raise ValueError(f"grouped_scaled_matmul: stacks of experts have no scales per channel, got {w.scheme}")
     _check_groups("grouped_scaled_matmul", x.qvalue.shape, w.shape, sizes)
-    _choose(implementation)
+    kernel_choice.runs_kernel("grouped_scaled_matmul", implementation, "there is no Pallas-Triton kernel for it yet")
     return grouped_scaled_matmul_reference(
         x.qvalue,
-        x.scale,
+        x.scale_by_row(),
         w.qvalue,
         w.scale,
         sizes,
@@ -198,13 +316,4 @@ def _check_groups(name: str, x: tuple[int, ...], w: tuple[int, ...], sizes: jax.
     if len(w) != 3 or len(x) != 2 or x[1] != w[2] or sizes.shape != w[:1]:
         raise ValueError(
             f"{name}: x [m, k] is {x}, w [e, n, k] is {w} and sizes [e] is {sizes.shape}; e and k must be the same"
-        )
-
-
-def _choose(implementation: Implementation) -> None:
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation {implementation!r} is unknown; choose one of {', '.join(IMPLEMENTATIONS)}")
-    if implementation == "triton":
-        raise NotImplementedError(
-            "there is no Pallas-Triton kernel for this operation yet; use implementation='auto' or 'xla'"
         )

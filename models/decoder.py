@@ -19,9 +19,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fp8jax import ops
+from fp8jax.fused_ops import times
 from fp8jax.kv_cache import KVCache, LayerCache, empty_cache
 from fp8jax.layers import MLP, Attention, Embedding, Linear, RMSNorm, Step
 from fp8jax.moe import MoEConfig, SparseMoE
+from fp8jax.ops import PartialSums, QActivation
 from fp8jax.rotary_embedding import Rope, cos_sin
 
 
@@ -71,7 +73,11 @@ class DecoderConfig:
 
 
 class DecoderLayer(nnx.Module):
-    """Attention, then MLP, each on a normalised copy of the residual stream."""
+    """Attention, then MLP, each on a normalised copy of the residual stream.
+
+    What a part gives is added to the stream by the norm that comes next, which reads both anyway; so the output of a
+    layer's MLP is handed on beside the stream.
+    """
 
     def __init__(self, config: DecoderConfig, index: int):
         def norm():
@@ -85,11 +91,19 @@ class DecoderLayer(nnx.Module):
             SparseMoE(config) if config.has_experts(index) else MLP(config, intermediate_size=config.intermediate_size)
         )
 
-    def __call__(self, x: jax.Array, step: Step, cache: LayerCache | None) -> tuple[jax.Array, LayerCache | None]:
-        attended, cache = self.self_attn(self.input_layernorm(x), step, cache)
-        x = x + times(attended, self.residual_multiplier)
-        x = x + times(self.mlp(self.post_attention_layernorm(x), step), self.residual_multiplier)
-        return x, cache
+    def __call__(
+        self, x: jax.Array, added: jax.Array | PartialSums | None, step: Step, cache: LayerCache | None
+    ) -> tuple[jax.Array, jax.Array | PartialSums, LayerCache | None]:
+        """Stream and what is to be added to it -> the same after this layer, and the layer's cache."""
+        multiplier, attention, mlp = self.residual_multiplier, self.self_attn, self.mlp
+        y, x = self.input_layernorm.after_adding(
+            x, added, step, multiplier=multiplier, reader=attention.qkv_proj.weight
+        )
+        attended, cache = attention(y, step, cache)
+        y, x = self.post_attention_layernorm.after_adding(
+            x, attended, step, multiplier=multiplier, reader=mlp.gate_up_proj.weight if isinstance(mlp, MLP) else None
+        )
+        return x, mlp(y, step), cache  # pyright: ignore[reportArgumentType]  (experts are no reader: y is an array)
 
 
 class Decoder(nnx.Module):
@@ -103,11 +117,13 @@ class Decoder(nnx.Module):
 
     def __call__(self, token_ids: jax.Array, step: Step, cache: KVCache | None) -> tuple[jax.Array, KVCache | None]:
         x = times(self.embed_tokens(token_ids), self.config.embedding_multiplier)
-        caches = []
+        added, caches = None, []
         for index, layer in enumerate(self.layers):
-            x, layer_cache = layer(x, step, None if cache is None else cache[index])
+            x, added, layer_cache = layer(x, added, step, None if cache is None else cache[index])
             caches.append(layer_cache)
-        return self.norm(x), None if cache is None else tuple(caches)
+        y, _ = self.norm.after_adding(x, added, step, multiplier=self.config.residual_multiplier, reader=None)
+        assert not isinstance(y, QActivation)
+        return y, None if cache is None else tuple(caches)
 
 
 class CausalLM(nnx.Module):
@@ -198,8 +214,3 @@ class CausalLM(nnx.Module):
             head_dim=c.head_dim,
             dtype=c.dtype,
         )
-
-
-def times(x: jax.Array, factor: float) -> jax.Array:
-    """x · factor in float32, rounded once to the dtype of x, as torch multiplies by a Python number."""
-    return x if factor == 1 else (x.astype(jnp.float32) * jnp.float32(factor)).astype(x.dtype)

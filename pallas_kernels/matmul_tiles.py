@@ -232,9 +232,17 @@ def checked_config(
 
 
 def current_device_kind() -> str:
-    """`device_kind` of the device being compiled for: that of the mesh in use if it names one, else the first GPU's, else ""."""
+    """`device_kind` of the GPU being compiled for: that of the mesh in use if it names one, else of the default device; "" for no GPU."""
     abstract = jax.sharding.get_abstract_mesh().abstract_device
     if abstract is not None:
         return abstract.device_kind
-    device = jax.devices()[0]
-    return device.device_kind if device.platform == "gpu" else ""
+    device = current_device()
+    return device.device_kind if device is not None and device.platform == "gpu" else ""
+
+
+def current_device() -> Any:
+    """The `jax.Device` that computations go to by default; None under a mesh that names a device which need not be here."""
+    if jax.sharding.get_abstract_mesh().abstract_device is not None:
+        return None
+    default = jax.config.jax_default_device
+    return jax.devices(default)[0] if default is None or isinstance(default, str) else default

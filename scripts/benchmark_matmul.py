@@ -33,6 +33,7 @@ from fp8jax import benchmarking
 from fp8jax.benchmarking import Deadline, ResultFile
 from fp8jax.pallas_kernels import block_scaled_matmul, matmul_config, scaled_matmul, tuning
 from fp8jax.pallas_kernels.matmul_config import Config
+from fp8jax.pallas_kernels.matmul_tiles import current_device_kind
 from fp8jax.pallas_kernels.offline_programs import LINEAR_SHAPES
 from fp8jax.pallas_kernels.offline_targets import TARGETS
 from fp8jax.pallas_kernels.quantize import quantize_activation_triton
@@ -64,7 +65,7 @@ class Contender:
 
 def contenders(m: int, n: int, k: int) -> Iterator[tuple[str, Contender]]:
     """All of them that run on the current device, by name."""
-    on_gpu = jax.default_backend() == "gpu"
+    on_gpu = bool(current_device_kind())
     out, groups = 2 * m * n, -(-k // BLOCK)
     yield "bf16", Contender("bf16", _bf16, _product, 2 * (m * k + n * k) + out)
     if on_gpu and m > 1:  # with one row there is no such call, and no FP8 preset either
@@ -215,7 +216,7 @@ def main(
 
 def _kind() -> str:
     """The device whose configs are taken: interpreted, H100's."""
-    return jax.devices()[0].device_kind if jax.default_backend() == "gpu" else TARGETS["h100"].name
+    return current_device_kind() or TARGETS["h100"].name
 
 
 def _config(op: Literal["scaled_matmul", "block_scaled_matmul"], m: int, n: int, k: int) -> Config:

@@ -7,8 +7,8 @@
 One row a kernel, with the config that would run (tuned if there is a table, else the default) on the widths of a model's
 layers. `--step` compiles a whole decode step, or the prefill of a 2048-token prompt, and lists its launches, its
 temporary bytes, and everything it writes that is as large as the smallest weight and comes from no kernel of ours: a
-copied or converted weight shows there. Layers are alike, so two of them are enough, and kernels a layer is what the
-second one adds.
+copied or converted weight shows there (among activations, which are as large in a prefill). Layers are alike, so two of
+them are enough, and kernels a layer is what the second one adds.
 
 Needs the extra `[offline-gpu]`. Nothing is timed: there is no GPU in this.
 """
@@ -280,8 +280,9 @@ def main(
             kinds = ", ".join(f"{count} {kind}" for kind, count in found["launches_per_layer_by_kind"].items())
             console.print(f"launches a layer: {found['launches_per_layer']} ({kinds})")
             console.print(f"temporary memory of two layers: {found['temporary_bytes'] / 1e6:.1f} MB")
-            large = [f"{b['opcode']} {b['dtype']}{list(b['shape'])}" for b in found["large_buffers"]]
-            console.print(f"moved or converted, as large as a weight: {', '.join(large) or 'nothing'}")
+            large = Counter(f"{b['opcode']} {b['dtype']}{list(b['shape'])}" for b in found["large_buffers"])
+            listed = ", ".join(f"{count} × {name}" for name, count in large.items())
+            console.print(f"written by XLA and as large as a weight: {listed or 'nothing'}")
     else:
         content["kernels"] = inspect_kernels(device, op.split(","), models, [int(part) for part in m.split(",")])
         console.print(render(content["kernels"], f"kernels on {TARGETS[device].name}, compiled offline"))

@@ -6,6 +6,7 @@ Most run in this process, because what is slow about them is starting Python and
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -135,6 +136,32 @@ def test_what_the_matmul_benchmark_runs_is_the_product(script):
         error = np.linalg.norm(values - expected) / np.linalg.norm(expected)
         # codes have 3 mantissa bits: 2.6 % root mean square for each quantization done here; bfloat16 output 0.3 %
         assert error < (0.04 if "quantize" in name else 0.005), name
+
+
+def timed(contender: str, m: int) -> offline_compile.Program:
+    """For the offline compiler: three calls of a contender, as they are timed on a GPU."""
+    sys.path.insert(0, str(ROOT / "scripts"))
+    benchmark = importlib.import_module("benchmark_matmul")
+    chosen = dict(benchmark.contenders(m, 4096, 4096))[contender]
+    operands = jax.eval_shape(lambda: chosen.make(jax.random.key(0), m, 4096, 4096))
+    return offline_compile.Program(benchmarking.one_after_another(chosen.run), ([operands] * 3,))
+
+
+@pytest.mark.skipif(offline_compile.available() is not None, reason=f"{offline_compile.available()}")
+def test_calls_of_a_timing_stay_apart_and_in_order_and_nothing_else_is_launched():
+    expected = {
+        ("cublaslt_fp8", 4096): ["kCublasLtMatmul"],
+        ("per_tensor", 4096): ["scaled_matmul"],
+        ("per_tensor", 16): ["scaled_matmul", "loop_convert_fusion"],  # the sum of its splits
+        ("per_block_with_quantize", 4096): ["quantize_group", "block_scaled_matmul"],
+        ("quantize_token", 4096): ["quantize_token"],
+    }
+    with offline_compile.OfflineCompiler() as compiler:
+        for (contender, m), launches in expected.items():
+            arguments = {"contender": contender, "m": m}
+            report = compiler.compile("h100", "tests.test_kernel_scripts:timed", arguments)
+            names = [re.sub(r"_\d+$", "", name) for name in report.launches]
+            assert names == launches * 3, (contender, m)
 
 
 def test_an_unknown_shape_is_said(script):

@@ -1,0 +1,223 @@
+"""The operations between the products, and what they can do on the way: add up a split product, quantize for the next.
+
+A layer in decode is ten kernels where these fuse, and more than twenty where XLA does the parts one by one:
+
+    rms_norm   residual + what a split product left, RMSNorm, quantization for qkv_proj or gate_up_proj
+    rope       of the new token's q and k, and the write of k and v into the cache
+    attention  over the cache; its merge of the splits quantizes for o_proj
+    silu_mul   of what a split product left, quantization for down_proj
+
+Each takes `reader`, the weight of the layer that reads its result. If that is a `QArray` and a fused kernel exists for
+the case and the device, the result is a `QActivation`; in any other case it is a float array, computed by the plain
+lines below, and the reader quantizes it itself. So a fusion that is missing costs time, never an error.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from fp8jax.kernel_choice import Implementation, runs_kernel
+from fp8jax.kv_cache import LayerCache
+from fp8jax.ops import PartialSums, QActivation
+from fp8jax.pallas_kernels import decode_attention as attention_kernel
+from fp8jax.pallas_kernels import quantize, rms_norm_quantize, rope_cache, silu_mul_quantize
+from fp8jax.pallas_kernels.interpret_mode import interpreting
+from fp8jax.qarray import QArray
+from fp8jax.schemes import ActivationGranularity
+
+# Of group scales: those of one tile are neighbours for the matmul kernel that reads them.
+_LAYOUT = "gm"
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, *, epsilon: float) -> jax.Array:
+    """x / rms(x) · weight, the mean square in float32, the normalised value cast to x's dtype before the weight comes in."""
+    wide = x.astype(jnp.float32)
+    mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+    return (wide * lax.rsqrt(mean_square + jnp.float32(epsilon))).astype(x.dtype) * weight
+
+
+def add_rms_norm(
+    stream: jax.Array,
+    added: jax.Array | PartialSums | None,
+    weight: jax.Array,
+    *,
+    epsilon: float,
+    multiplier: float = 1.0,
+    reader: Any = None,
+    implementation: Implementation = "auto",
+) -> tuple[jax.Array | QActivation, jax.Array]:
+    """The residual stream after an addition, normalised for who reads it.
+
+    Args:
+        stream: float `[..., h]`.
+        added: `[..., h]` of the same dtype, what the layer before gave; None for nothing.
+        weight: float `[h]`.
+        epsilon: added to the mean square.
+        multiplier: what `added` is multiplied by.
+        reader: the weight that the result meets; None if more than one thing reads it.
+        implementation: what runs it.
+    Returns:
+        the normalised rows, `[..., h]` or a `QActivation` `[m, h]`; and the new stream.
+    """
+    granularity, h = _granularity(reader), stream.shape[-1]
+    if granularity is not None:
+        m = stream.size // h
+        unsupported = rms_norm_quantize.supported(m, h, stream.dtype, granularity)
+        if runs_kernel("rms_norm_quantize", implementation, unsupported, otherwise="reference"):
+            x = stream.reshape(m, h) if added is None else _rows(added)
+            new, codes, scale = rms_norm_quantize.rms_norm_quantize_triton(
+                x,
+                weight,
+                granularity,
+                epsilon=epsilon,
+                residual=None if added is None else stream.reshape(m, h),
+                residual_multiplier=multiplier,
+                dtype=stream.dtype,
+                scale_layout=_LAYOUT,
+                interpret=interpreting(),
+            )
+            return QActivation(codes, scale, granularity, _LAYOUT), new.reshape(stream.shape)
+    if added is not None:
+        stream = stream + times(_whole(added), multiplier)
+    return rms_norm(stream, weight, epsilon=epsilon), stream
+
+
+def silu_mul(gate_up: jax.Array) -> jax.Array:
+    """silu(gate) · up in float32, for gate and up side by side in the last dimension."""
+    gate, up = jnp.split(gate_up.astype(jnp.float32), 2, axis=-1)
+    return (gate * jax.nn.sigmoid(gate) * up).astype(gate_up.dtype)
+
+
+def silu_mul_for(
+    reader: Any, gate_up: jax.Array | PartialSums, *, implementation: Implementation = "auto"
+) -> jax.Array | QActivation:
+    """`silu_mul` for who reads it.
+
+    Args:
+        reader: the weight that the result meets.
+        gate_up: float `[..., 2i]`.
+        implementation: what runs it.
+    Returns:
+        `[..., i]`, or a `QActivation` `[m, i]`.
+    """
+    granularity = _granularity(reader)
+    if granularity is not None:
+        x = _rows(gate_up)
+        dtype = gate_up.dtype
+        unsupported = silu_mul_quantize.supported(x.shape[-2], x.shape[-1] // 2, dtype, granularity)
+        if runs_kernel("silu_mul_quantize", implementation, unsupported, otherwise="reference"):
+            codes, scale = silu_mul_quantize.silu_mul_quantize_triton(
+                x, granularity, dtype=dtype, scale_layout=_LAYOUT, interpret=interpreting()
+            )
+            return QActivation(codes, scale, granularity, _LAYOUT)
+    return silu_mul(_whole(gate_up))
+
+
+def decodes_in_kernels(h: int, cache: LayerCache, dtype: Any, implementation: Implementation) -> bool:
+    """Whether `rope_and_write` and `decode_attention` have kernels for h query heads of this dtype over this cache."""
+    _, kv_heads, _, d = cache.key.shape
+    unsupported = (
+        rope_cache.supported(h, d, kv_heads, dtype, cache.key.dtype)
+        or attention_kernel.supported(h, d, kv_heads, dtype)
+        or (f"the cache is {cache.key.dtype} and activations {dtype}" if cache.key.dtype != dtype else None)
+    )
+    return runs_kernel("decode_attention", implementation, unsupported, otherwise="reference")
+
+
+def rope_and_write(
+    qkv: jax.Array | PartialSums,
+    cos: jax.Array,
+    sin: jax.Array,
+    cache: LayerCache,
+    positions: jax.Array,
+    *,
+    q_norm: jax.Array | None,
+    k_norm: jax.Array | None,
+    epsilon: float,
+    clip: float | None,
+) -> tuple[jax.Array, LayerCache]:
+    """Turn the new token's q and k, and write k and v at its position; only where `decodes_in_kernels`.
+
+    Args:
+        qkv: float `[b, 1, (h + 2·kv_heads) · d]`.
+        cos, sin: float32 `[b, rotary_dim / 2]`.
+        cache: the layer's.
+        positions: int32 `[b]`.
+        q_norm, k_norm: float `[d]`, weights of an RMSNorm over each head; None for no norm.
+        epsilon: of that norm.
+        clip: q, k and v are clipped to ± this.
+    Returns:
+        q `[b, h, d]` and the cache.
+    """
+    q, key, value = rope_cache.rope_cache_triton(
+        _rows(qkv),
+        cos,
+        sin,
+        cache.key,
+        cache.value,
+        positions,
+        q_norm=q_norm,
+        k_norm=k_norm,
+        epsilon=epsilon,
+        clip=clip,
+        dtype=qkv.dtype,
+        interpret=interpreting(),
+    )
+    return q, LayerCache(key, value)
+
+
+def decode_attention(
+    q: jax.Array, cache: LayerCache, lengths: jax.Array, *, scale: float, window: int | None, reader: Any
+) -> jax.Array | QActivation:
+    """Attention of one token a row over the cache; only where `decodes_in_kernels`.
+
+    Args:
+        q: float `[b, h, d]`.
+        cache: the layer's, the new token in it.
+        lengths: int32 `[b]`, the new token included.
+        scale: multiplies the scores.
+        window: how many of the last keys count; None for all.
+        reader: the weight that the result meets.
+    Returns:
+        `[b, 1, h · d]`, or a `QActivation` `[b, h · d]`.
+    """
+    granularity, (b, h, d) = _granularity(reader), q.shape
+    if granularity is not None and quantize.supported(b, h * d, q.dtype, granularity) is None:
+        codes, scales = attention_kernel.decode_attention_quantize_triton(
+            q,
+            cache.key,
+            cache.value,
+            lengths,
+            granularity,
+            scale=scale,
+            window=window,
+            scale_layout=_LAYOUT,
+            interpret=interpreting(),
+        )
+        return QActivation(codes, scales, granularity, _LAYOUT)
+    out = attention_kernel.decode_attention_triton(
+        q, cache.key, cache.value, lengths, scale=scale, window=window, interpret=interpreting()
+    )
+    return out.reshape(b, 1, h * d)
+
+
+def times(x: jax.Array, factor: float) -> jax.Array:
+    """x · factor in float32, rounded once to the dtype of x, as torch multiplies by a Python number."""
+    return x if factor == 1 else (x.astype(jnp.float32) * jnp.float32(factor)).astype(x.dtype)
+
+
+def _granularity(reader: Any) -> ActivationGranularity | None:
+    return reader.scheme.activation if isinstance(reader, QArray) else None
+
+
+def _rows(x: jax.Array | PartialSums) -> jax.Array:
+    """`[m, n]`, or the parts `[splits, m, n]`, as the kernels take either."""
+    if isinstance(x, PartialSums):
+        return x.parts.reshape(x.parts.shape[0], -1, x.parts.shape[-1])
+    return x.reshape(-1, x.shape[-1])
+
+
+def _whole(x: jax.Array | PartialSums) -> jax.Array:
+    return x.total() if isinstance(x, PartialSums) else x

@@ -1,0 +1,116 @@
+"""A decode step or a prefill of a named model, to compile offline: for tests and for `scripts/inspect_kernels.py`.
+
+The model is abstract, shapes without numbers, so that Llama-3.1-8B costs no memory; a few of its layers are enough,
+since all are alike. Run with `pallas_kernels/offline_compile.py`:
+
+    with OfflineCompiler() as compiler:
+        compiler.compile("h100", "fp8jax.offline_models:decode_step", {"model": "llama-3.1-8b", "batch": 1, "layers": 2})
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from fp8jax import generation
+from fp8jax.kernel_choice import Implementation
+from fp8jax.layers import Linear
+from fp8jax.models import CausalLM, DecoderConfig, read_decoder_config
+from fp8jax.pallas_kernels.offline_compile import Program
+from fp8jax.qarray import quantize
+
+_LLAMA_31: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 128256,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "rope_scaling": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+}
+# The numbers of a config.json, without the weights that go with them.
+MODELS: dict[str, dict[str, Any]] = {
+    "llama-3.1-8b": _LLAMA_31
+    | {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_hidden_layers": 32},
+    "llama-3.1-70b": _LLAMA_31
+    | {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_hidden_layers": 80},
+}
+
+
+def abstract_model(
+    model: str, scheme: str | None, *, layers: int | None = None, implementation: Implementation = "auto"
+) -> CausalLM:
+    """A named model without numbers, every linear layer but lm_head quantized.
+
+    Args:
+        model: a key of `MODELS`.
+        scheme: "fp8_per_tensor" or "fp8_per_block"; None for bfloat16.
+        layers: how many; None for all.
+        implementation: what runs the operations, see `ops`.
+    Raises:
+        ValueError: an unknown model.
+    """
+    if model not in MODELS:
+        raise ValueError(f"model {model!r} is unknown; choose one of {', '.join(MODELS)}")
+    numbers = MODELS[model] if layers is None else MODELS[model] | {"num_hidden_layers": layers}
+    config: DecoderConfig = read_decoder_config(numbers, dtype="bfloat16", where=model)
+    made = CausalLM(config, implementation=implementation)
+    if scheme is not None:
+        for _, module in nnx.iter_modules(made.model):
+            if isinstance(module, Linear):
+                module.weight = nnx.data(jax.eval_shape(functools.partial(quantize, scheme=scheme), module.weight))
+    return made
+
+
+def decode_step(
+    model: str,
+    batch: int,
+    *,
+    scheme: str | None = "fp8_per_tensor",
+    layers: int = 2,
+    cache_length: int = 8192,
+    implementation: Implementation = "auto",
+) -> Program:
+    """`generation.decode_step` with a donated cache.
+
+    Args:
+        model, scheme, layers, implementation: as for `abstract_model`.
+        batch: rows.
+        cache_length: room of each row.
+    """
+    made = abstract_model(model, scheme, layers=layers, implementation=implementation)
+    cache = jax.eval_shape(lambda: made.empty_cache(batch, cache_length))
+    token = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    return Program(generation.decode_step, (made, cache, token, token), donate_argnums=(1,))
+
+
+def prefill(
+    model: str,
+    batch: int,
+    tokens: int,
+    *,
+    scheme: str | None = "fp8_per_tensor",
+    layers: int = 2,
+    cache_length: int = 8192,
+    implementation: Implementation = "auto",
+) -> Program:
+    """`generation.prefill` of prompts of so many tokens with a donated cache.
+
+    Args:
+        model, scheme, layers, implementation: as for `abstract_model`.
+        batch, tokens: prompts, and the length they are padded to.
+        cache_length: room of each row.
+    """
+    made = abstract_model(model, scheme, layers=layers, implementation=implementation)
+    cache = jax.eval_shape(lambda: made.empty_cache(batch, cache_length))
+    prompts, lengths = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((batch, tokens), (batch,)))
+    return Program(generation.prefill, (made, cache, prompts, lengths), donate_argnums=(1,))
