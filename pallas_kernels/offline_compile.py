@@ -222,7 +222,7 @@ def _compile_here(device: str, program: str, arguments: dict[str, Any]) -> Compi
 
     launches, ptx = Path(os.environ["FP8JAX_LAUNCHES"]), Path(os.environ["PTX_DIR"])
     for old in (*launches.iterdir(), *ptx.iterdir()):
-        old.unlink()
+        shutil.rmtree(old) if old.is_dir() else old.unlink()
     mesh = _mesh(device)
     module, _, name = program.partition(":")
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
