@@ -27,6 +27,7 @@ from fp8jax.pallas_kernels import block_scaled_matmul as block_kernel
 from fp8jax.pallas_kernels import matmul_config, matmul_tiles, quantize
 from fp8jax.pallas_kernels import scaled_matmul as scaled_kernel
 from fp8jax.pallas_kernels.grouped_matmul import grouped_matmul_reference, grouped_scaled_matmul_reference
+from fp8jax.pallas_kernels.grouped_matmul import supported as grouped_kernel_unsupported
 from fp8jax.pallas_kernels.interpret_mode import interpreting
 from fp8jax.pallas_kernels.quantize import ScaleLayout
 from fp8jax.qarray import QArray, dequantize
@@ -272,7 +273,24 @@ def grouped_scaled_matmul(
     if w.scheme.weight == "channel":
         raise ValueError(f"grouped_scaled_matmul: stacks of experts have no scales per channel, got {w.scheme}")
     _check_groups("grouped_scaled_matmul", x.qvalue.shape, w.shape, sizes)
-    kernel_choice.runs_kernel("grouped_scaled_matmul", implementation, "there is no Pallas-Triton kernel for it yet")
+    kind = kernel_choice.device_kind(implementation)
+    unsupported = grouped_kernel_unsupported(kind, x.qvalue.shape[0], *w.shape) if kind else None
+    if kernel_choice.runs_kernel("grouped_scaled_matmul", implementation, unsupported):
+        from fp8jax.pallas_kernels.grouped_matmul_kernel import grouped_scaled_matmul_triton
+
+        return grouped_scaled_matmul_triton(
+            x.qvalue,
+            x.scale,
+            w.qvalue,
+            w.scale,
+            sizes,
+            rows=rows,
+            row_weight=row_weight,
+            row_groups=w.row_groups,
+            out_dtype=jnp.dtype(out_dtype),
+            x_scale_layout=x.scale_layout,
+            interpret=interpreting(),
+        )
     return grouped_scaled_matmul_reference(
         x.qvalue,
         x.scale_by_row(),

@@ -33,7 +33,9 @@ def decoder_config(config: HFConfig, *, dtype: str) -> DecoderConfig:
         dense_layers=tuple(sorted(dense)),
     )
     bias = config.yes_or_no("attention_bias")
-    # Unlike in the dense family, a window is one of all layers.
+    config.take(
+        "max_window_layers", None
+    )  # published files carry it from the dense family; here a window is one of all layers
     window = config.size("sliding_window", None if config.has("sliding_window") else 4096)
     slides = config.flag("use_sliding_window", False)
     return read_shape(

@@ -31,6 +31,7 @@ from fp8jax.moe import ExpertNames
 Mode = Literal["split", "copies"]
 Layout = Literal["mixtral", "granitemoe", "qwen3_moe"]
 Tensors = dict[str, np.ndarray]
+Matrices = tuple[np.ndarray, np.ndarray, np.ndarray]  # gate, up, down
 
 # Architecture, the dense one it stands for, and what the tensors are called.
 LAYOUTS: dict[Layout, tuple[str, str, ExpertNames]] = {
@@ -72,15 +73,11 @@ def make_moe(dense: Path, out: Path, *, experts: int, top_k: int, mode: Mode, la
         for i, layer in enumerate(layers):
             kept = [name for name in checkpoint.tensors if name.startswith(layer) and ".mlp." not in name]
             tensors = {name: np.array(checkpoint.read(name)) for name in kept}
-            parts = (checkpoint.read(f"{layer}mlp.{part}_proj.weight") for part in ("gate", "up", "down"))
-            stacks = split(*parts, experts) if mode == "split" else copies(*parts, experts)
-            router = (
-                np.zeros((experts, stacks[0].shape[2]))
-                if mode == "split"
-                else rng.standard_normal((experts, stacks[0].shape[2]))
-            )
-            tensors[f"{layer}{names.router}"] = router.astype(stacks[0].dtype)
-            write(f"model-layer-{i:05d}.safetensors", tensors | named(layer, names, *stacks))
+            gate, up, down = (checkpoint.read(f"{layer}mlp.{part}_proj.weight") for part in ("gate", "up", "down"))
+            stacks = split(gate, up, down, experts) if mode == "split" else copies(gate, up, down, experts)
+            router = rng.standard_normal((experts, config["hidden_size"])) * (mode == "copies")
+            tensors[f"{layer}{names.router}"] = router.astype(gate.dtype)
+            write(f"model-layer-{i:05d}.safetensors", tensors | named(layer, names, stacks))
         (out / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
         (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     for file in dense.iterdir():
@@ -131,7 +128,7 @@ def moe_config(
             return config | {"moe_intermediate_size": expert_width, "norm_topk_prob": True, "mlp_only_layers": []}
 
 
-def split(gate: np.ndarray, up: np.ndarray, down: np.ndarray, experts: int) -> tuple[np.ndarray, ...]:
+def split(gate: np.ndarray, up: np.ndarray, down: np.ndarray, experts: int) -> Matrices:
     """Stacks of gate and up `[e, i/e, h]` and of down `[e, h, i/e]`, down times e."""
     gate, up = (np.stack(np.split(matrix, experts)) for matrix in (gate, up))
     down = np.stack(np.split(down, experts, axis=1))
@@ -141,17 +138,19 @@ def split(gate: np.ndarray, up: np.ndarray, down: np.ndarray, experts: int) -> t
     return gate, up, larger
 
 
-def copies(gate: np.ndarray, up: np.ndarray, down: np.ndarray, experts: int) -> tuple[np.ndarray, ...]:
+def copies(gate: np.ndarray, up: np.ndarray, down: np.ndarray, experts: int) -> Matrices:
     """The same matrices e times."""
-    return tuple(np.stack([matrix] * experts) for matrix in (gate, up, down))
+    gate, up, down = (np.stack([matrix] * experts) for matrix in (gate, up, down))
+    return gate, up, down
 
 
-def named(layer: str, names: ExpertNames, gate: np.ndarray, up: np.ndarray, down: np.ndarray) -> Tensors:
+def named(layer: str, names: ExpertNames, stacks: Matrices) -> Tensors:
     """The stacks under the names of a layout, one by one or stacked."""
+    gate, up, down = stacks
     if "{e}" not in names.down:
         return {layer + names.gate_up[0]: np.concatenate([gate, up], axis=1), layer + names.down: down}
     written = {}
-    for name, stack in zip((*names.gate_up, names.down), (gate, up, down), strict=True):
+    for name, stack in zip((*names.gate_up, names.down), stacks, strict=True):
         written |= {layer + name.replace("{e}", str(e)): np.ascontiguousarray(part) for e, part in enumerate(stack)}
     return written
 

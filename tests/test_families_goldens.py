@@ -54,6 +54,10 @@ WINDOWS = [
     ("qwen2", SLIDING | {"max_window_layers": 1, "layer_types": ...}, (None, 8)),
     ("qwen3", SLIDING | {"max_window_layers": 0, "layer_types": ...}, (8, 8)),
     ("qwen3", SLIDING | {"max_window_layers": 0, "layer_types": ["sliding_attention", "full_attention"]}, (8, None)),
+    ("qwen3_moe", {"sliding_window": 8, "max_window_layers": 48}, ()),  # as published files have it
+    ("qwen3_moe", SLIDING | {"max_window_layers": 48}, (8, 8)),
+    ("mixtral", {"sliding_window": ...}, ()),
+    ("mixtral", {"sliding_window": 8}, (8, 8)),
     ("granite", {}, ()),
 ]
 
@@ -101,5 +105,5 @@ def test_a_field_that_the_family_does_not_compute_with_is_an_error(family, chang
 
 
 def test_the_model_type_stands_in_for_a_missing_architecture():
-    for family in (*FAMILIES, "llama2"):
+    for family in (*FAMILIES, "llama2", "granitemoe", "mixtral", "qwen3_moe", "olmoe"):
         assert read(family, architectures=...) == read(family)

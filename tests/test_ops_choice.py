@@ -267,3 +267,20 @@ def test_a_quantized_activation_of_another_granularity_is_refused():
     assert isinstance(x, QActivation)
     with pytest.raises(ValueError, match="quantized per token, but scheme 'fp8_per_block' wants group"):
         ops.scaled_matmul(x, QUANTIZED["fp8_per_block"])
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_experts_run_in_their_kernel_and_as_the_reference_says(scheme):
+    stack = jnp.asarray(rng.standard_normal((3, 96, 160)), jnp.float32)
+    w = fp8jax.quantize(stack, scheme, row_groups=2 if scheme == "fp8_per_block" else 1)
+    sizes, rows = jnp.asarray([5, 0, 9], jnp.int32), jnp.asarray(rng.integers(0, 17, 16), jnp.int32)
+    x = ops.quantize_activation(X, w.scheme.activation)  # once: the two quantizers may differ in a code
+
+    def run(implementation):
+        return ops.grouped_scaled_matmul(x, w, sizes, rows=rows, out_dtype=jnp.float32, implementation=implementation)
+
+    with on("NVIDIA H100 80GB HBM3"):
+        assert any("grouped" in name for name in kernels_of(lambda: run("auto")))
+    with interpreted_kernels():
+        interpreted = run("triton")
+    assert relative_error(interpreted, run("xla")) < 1e-6  # the same codes, float32 sums in another order
