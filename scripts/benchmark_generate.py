@@ -27,7 +27,7 @@ from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
-from fp8jax import benchmarking, ops
+from fp8jax import benchmarking, offline_models, ops
 from fp8jax.benchmarking import Deadline, ResultFile
 from fp8jax.generation import decode_step, prefill
 from fp8jax.layers import Linear
@@ -37,32 +37,14 @@ from fp8jax.schemes import SCHEMES, Scheme
 
 UNQUANTIZED = "bf16"
 _RUNS = 3
-_LLAMA_3_1 = {
-    "architectures": ["LlamaForCausalLM"],
-    "vocab_size": 128256,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 131072,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 500000.0,
-    "rope_scaling": {
-        "rope_type": "llama3",
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    },
-}
-MODELS: dict[str, dict[str, Any]] = {
-    "llama-3.1-8b": _LLAMA_3_1
-    | {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
-    "llama-3.1-70b": _LLAMA_3_1
-    | {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
-    "tiny": _LLAMA_3_1
+MODELS: dict[str, dict[str, Any]] = offline_models.MODELS | {
+    "tiny": offline_models.MODELS["llama-3.1-8b"]
     | {
         "hidden_size": 256,
         "intermediate_size": 384,
         "num_hidden_layers": 2,
         "num_attention_heads": 8,
+        "head_dim": 32,
         "vocab_size": 512,
     },
 }

@@ -1,7 +1,7 @@
 """Make the golden checkpoints and arrays of `tests/goldens/` with torch and transformers.
 
     python scripts/make_goldens.py --out tests/goldens            # everything, about 40 seconds on one core
-    python scripts/make_goldens.py --out /tmp/g --only llama2 matmul
+    python scripts/make_goldens.py --out goldens --only llama2 matmul
 
 It needs torch and transformers 5 (tests/goldens/README.md has the versions used) and imports neither JAX nor fp8jax:
 what it writes is an opinion about the mathematics that shares no code with the library.

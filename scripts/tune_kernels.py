@@ -3,7 +3,7 @@
     python scripts/tune_kernels.py --shapes llama-3.1-8b --minutes 8          # again, to go on where it stopped
     python scripts/tune_kernels.py --device h100 --plan plan.json             # no GPU: drop what cannot be fast
     python scripts/tune_kernels.py --plan plan.json                           # on the GPU: time what is left
-    JAX_PLATFORMS=cpu python scripts/tune_kernels.py --shapes tiny --m 1 --tuned /tmp/tuned
+    JAX_PLATFORMS=cpu python scripts/tune_kernels.py --shapes tiny --m 1 --tuned tuned_on_cpu
 
 For each shape the default config comes first, then, up to a number, the candidates that differ least from the best so
 far. One that does not compile is out. The three fastest are compared with the XLA path's result and timed again with

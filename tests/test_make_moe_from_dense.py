@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,13 +16,17 @@ import fp8jax
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 
 
-def make_moe(*args, **options):
-    """The script's function; scripts are not a package."""
-    spec = importlib.util.spec_from_file_location("make_moe_from_dense", SCRIPTS / "make_moe_from_dense.py")
+def script(name: str) -> Any:
+    """A script as a module; scripts are not a package."""
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.make_moe(*args, **options)
+    return module
+
+
+def make_moe(*args, **options) -> None:
+    script("make_moe_from_dense").make_moe(*args, **options)
 
 
 CASES = [  # dense golden, layout, mode
@@ -41,9 +46,7 @@ def test_the_mixture_gives_the_logits_and_the_text_of_the_dense_model(variant, l
     # The same products in float32, but summed in parts and weighted: the same order of error as against torch.
     assert relative_error(moe.logits(ids), load(variant).logits(ids)) < 1e-5
     new = golden(variant)["greedy"].shape[1]
-    prompts = [
-        row[:length].tolist() for row, length in zip(ids, (8, 5), strict=True)
-    ]  # of different lengths: padding too
+    prompts = [ids[0, :8].tolist(), ids[1, :5].tolist()]  # of different lengths, so that there is padding
     options = {"max_new_tokens": new, "temperature": 0, "eos_token_ids": []}
     texts = [[g.token_ids for g in lm.generate(prompts, **options)] for lm in (moe, load(variant))]
     assert texts[0] == texts[1]
@@ -85,3 +88,20 @@ def test_what_cannot_be_exact_is_refused(variant, changes, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         make_moe(GOLDENS / variant, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["split", "copies"])
+def test_smollm2_as_a_mixture_says_what_the_dense_model_says(mode, tmp_path):
+    """A real language model, layer after layer of it; skipped where `scripts/get_smollm2.py` has not put it into the cache."""
+    get_smollm2 = script("get_smollm2")
+    folder = get_smollm2.cache_folder() / get_smollm2.MODEL_NAME
+    if not (folder / get_smollm2.MANIFEST).is_file():
+        pytest.skip(f"{folder} is not there; `python scripts/get_smollm2.py` puts it there")
+    make_moe(folder, tmp_path, experts=4, top_k=2, mode=mode, layout="mixtral")
+    dense, moe = (fp8jax.load_quantized(path, None, dtype="float32") for path in (folder, tmp_path))
+    prompts = ["The capital of France is", "Photosynthesis is the process by which"]
+    texts = [[g.text for g in lm.generate(prompts, max_new_tokens=24, temperature=0)] for lm in (dense, moe)]
+    assert texts[0] == texts[1]
+    ids = np.arange(1000, 1024)[None]
+    assert relative_error(moe.logits(ids), dense.logits(ids)) < 1e-5  # as for the tiny models above, over 30 layers
