@@ -8,9 +8,9 @@
 | group       | 128 inputs of a row, the last group its rest   | `[m, ⌈k/128⌉]`  |
 | tensor      | all valid rows                                 | `[1]`           |
 
-The floor keeps an all-zero row finite (s = floor, q = 0). Divisions here may be off by one unit in the last place,
-since XLA and GPUs divide approximately: fewer than 0.2 % of the codes differ from exact division, none by more than
-one step. A NaN or Inf among the inputs gives NaN codes, hence a NaN result, never a plausible number. Source: vLLM
+The floor keeps an all-zero row finite (s = floor, q = 0). s is correctly rounded everywhere. 1/s may be off in the
+last place, since GPUs divide approximately: fewer than 0.2 % of the codes differ from exact division, none by more
+than one step. A NaN or Inf among the inputs gives NaN codes, hence a NaN result, never a plausible number. Source: vLLM
 0.20.2, `QuantFP8.forward_native`.
 
 The kernel is bound by memory, so it reads x once: a program holds its whole tile in registers, an entire row for
@@ -78,16 +78,16 @@ def quantize_activation_reference(
     wide = x.astype(jnp.float32)
     match granularity:
         case "token":
-            scale = _divided_scale(jnp.max(jnp.abs(wide), axis=1, keepdims=True))
+            scale = scale_of(jnp.max(jnp.abs(wide), axis=1, keepdims=True))
             return codes_of(wide, 1.0 / scale), scale
         case "group":
             groups = -(-k // BLOCK)
             padded = jnp.pad(wide, ((0, 0), (0, groups * BLOCK - k))).reshape(m, groups, BLOCK)
-            scale = _divided_scale(jnp.max(jnp.abs(padded), axis=2))
+            scale = scale_of(jnp.max(jnp.abs(padded), axis=2))
             return codes_of(padded, (1.0 / scale)[:, :, None]).reshape(m, groups * BLOCK)[:, :k], scale
         case "tensor":
             counted = wide if valid is None else jnp.where(valid[:, None], wide, jnp.float32(0))
-            scale = _divided_scale(jnp.max(jnp.abs(counted)).reshape(1))
+            scale = scale_of(jnp.max(jnp.abs(counted)).reshape(1))
             return codes_of(wide, 1.0 / scale), scale
 
 
@@ -272,14 +272,21 @@ def store_quantized(
 
 
 def scale_of(amax: jax.Array) -> jax.Array:
-    """The scale for an absolute maximum; works in kernels too."""
-    return jnp.maximum(amax / jnp.float32(E4M3_MAX), jnp.float32(SCALE_FLOOR))
+    """max(amax / 448, floor), the quotient correctly rounded; works in kernels too.
 
-
-def _divided_scale(amax: jax.Array) -> jax.Array:
-    """`scale_of` with a division that XLA does not turn into a product with a rounded 1/448, where the device divides."""
-    divisor = lax.optimization_barrier(jnp.full_like(amax, E4M3_MAX))
-    return jnp.maximum(amax / divisor, jnp.float32(SCALE_FLOOR))
+    XLA makes `amax / 448` a product with a rounded 1/448 and GPUs divide approximately. The last bit matters: bfloat16
+    values are often exact ties between two codes where the scale is a power of two. So t / 7, with t = amax / 64, is
+    corrected by its remainder t - 7s. That is exact, because 7 times half of the bits of s is, contracted to a fused
+    multiply-add or not; and no multiple of 1/7 is near a tie, so the corrected quotient rounds as the true one does.
+    """
+    seventh = jnp.float32(1 / 7)
+    t = amax * jnp.float32(1 / 64)
+    s = t * seventh
+    high = lax.bitcast_convert_type(lax.bitcast_convert_type(s, jnp.uint32) & jnp.uint32(0xFFFFF000), jnp.float32)
+    remainder = (t - jnp.float32(7) * high) - jnp.float32(7) * (s - high)
+    exact = s + remainder * seventh
+    # An infinite amax has no remainder; NaN compares false and stays NaN.
+    return jnp.maximum(jnp.where(jnp.abs(s) == jnp.inf, s, exact), jnp.float32(SCALE_FLOOR))
 
 
 def codes_of(x: jax.Array, reciprocal: jax.Array) -> jax.Array:

@@ -71,9 +71,18 @@ def test_codes_and_scales_are_those_of_float64_arithmetic(m, k, dtype, granulari
     codes, scale = quantize_activation_triton(x, granularity, interpret=True)
     expected_codes, expected_scale = quantized_by_numpy(x, granularity)
     assert codes.dtype == jnp.float8_e4m3fn
-    # A division is within one unit in the last place, 2^-23.
-    np.testing.assert_allclose(scale, expected_scale, rtol=2**-22)
+    assert np.array_equal(scale, expected_scale)
     assert_same_codes(codes, expected_codes)
+
+
+def test_a_scale_is_amax_by_448_to_the_last_bit_for_every_mantissa():
+    amax = (np.arange(2**23, dtype=np.uint32) | np.uint32(130 << 23)).view(np.float32)
+    assert np.array_equal(jax.jit(quantize.scale_of)(amax), amax / np.float32(448))
+    for exponent in (-1, 0, 20, 127):  # scaling by a power of two is exact as long as nothing overflows
+        some = np.ldexp(np.float32(1) + np.arange(0, 2**23, 1013, dtype=np.float32) / np.float32(2**23), exponent)
+        assert np.array_equal(jax.jit(quantize.scale_of)(some), some / np.float32(448))
+    extremes = quantize.scale_of(jnp.asarray([0, 1e-40, np.inf, np.nan], jnp.float32))
+    assert np.array_equal(extremes, [FLOOR, FLOOR, np.inf, np.nan], equal_nan=True)
 
 
 def test_group_scales_in_layout_gm_are_the_transposed_ones():
