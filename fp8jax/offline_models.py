@@ -18,6 +18,7 @@ from fp8jax import generation
 from fp8jax.kernel_choice import Implementation
 from fp8jax.layers import Linear
 from fp8jax.models import CausalLM, DecoderConfig, read_decoder_config
+from fp8jax.moe import Experts
 from fp8jax.pallas_kernels.offline_compile import Program
 from fp8jax.qarray import quantize
 
@@ -43,13 +44,49 @@ MODELS: dict[str, dict[str, Any]] = {
     | {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_hidden_layers": 32},
     "llama-3.1-70b": _LLAMA_31
     | {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_hidden_layers": 80},
+    "granite-3.0-1b-a400m": {
+        "architectures": ["GraniteMoeForCausalLM"],
+        "vocab_size": 49155,
+        "hidden_size": 1024,
+        "intermediate_size": 512,
+        "num_local_experts": 32,
+        "num_experts_per_tok": 8,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "num_hidden_layers": 24,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "attention_multiplier": 0.015625,
+        "embedding_multiplier": 12.0,
+        "residual_multiplier": 0.22,
+        "logits_scaling": 6.0,
+        "tie_word_embeddings": True,
+    },
+    "qwen3-30b-a3b": {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "vocab_size": 151936,
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": 768,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "num_hidden_layers": 48,
+        "max_position_embeddings": 40960,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0,
+    },
 }
 
 
 def abstract_model(
     model: str, scheme: str | None, *, layers: int | None = None, implementation: Implementation = "auto"
 ) -> CausalLM:
-    """A named model without numbers, every linear layer but lm_head quantized.
+    """A named model without numbers, every linear layer but lm_head and every stack of experts quantized.
 
     Args:
         model: a key of `MODELS`.
@@ -67,7 +104,10 @@ def abstract_model(
     if scheme is not None:
         for _, module in nnx.iter_modules(made.model):
             if isinstance(module, Linear):
-                module.weight = nnx.data(jax.eval_shape(functools.partial(quantize, scheme=scheme), module.weight))
+                module.weight = _quantized(module.weight, scheme)
+            elif isinstance(module, Experts):
+                module.gate_up_proj = _quantized(module.gate_up_proj, scheme, row_groups=2)
+                module.down_proj = _quantized(module.down_proj, scheme)
     return made
 
 
@@ -114,3 +154,7 @@ def prefill(
     cache = jax.eval_shape(lambda: made.empty_cache(batch, cache_length))
     prompts, lengths = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((batch, tokens), (batch,)))
     return Program(generation.prefill, (made, cache, prompts, lengths), donate_argnums=(1,))
+
+
+def _quantized(weight: jax.ShapeDtypeStruct, scheme: str, *, row_groups: int = 1) -> Any:
+    return nnx.data(jax.eval_shape(functools.partial(quantize, scheme=scheme, row_groups=row_groups), weight))
