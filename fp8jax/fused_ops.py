@@ -12,7 +12,7 @@ the case and the device, the result is a `QActivation`; in any other case it is 
 lines below, and the reader quantizes it itself. So a fusion that is missing costs time, never an error.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ from fp8jax.ops import PartialSums, QActivation
 from fp8jax.pallas_kernels import decode_attention as attention_kernel
 from fp8jax.pallas_kernels import quantize, rms_norm_quantize, rope_cache, silu_mul_quantize
 from fp8jax.pallas_kernels.interpret_mode import interpreting
-from fp8jax.qarray import QArray
+from fp8jax.qarray import QArray, SplitQArray
 from fp8jax.schemes import ActivationGranularity
 
 # Of group scales: those of one tile are neighbours for the matmul kernel that reads them.
@@ -46,6 +46,7 @@ def add_rms_norm(
     epsilon: float,
     multiplier: float = 1.0,
     reader: Any = None,
+    keep: Literal["codes", "codes and rows"] = "codes",
     implementation: Implementation = "auto",
 ) -> tuple[jax.Array | QActivation, jax.Array]:
     """The residual stream after an addition, normalised for who reads it.
@@ -56,7 +57,8 @@ def add_rms_norm(
         weight: float `[h]`.
         epsilon: added to the mean square.
         multiplier: what `added` is multiplied by.
-        reader: the weight that the result meets; None if more than one thing reads it.
+        reader: the weight that the result meets; None where it stays float.
+        keep: whether a quantized result carries the float rows too, for another reader.
         implementation: what runs it.
     Returns:
         the normalised rows, `[..., h]` or a `QActivation` `[m, h]`; and the new stream.
@@ -67,7 +69,7 @@ def add_rms_norm(
         unsupported = rms_norm_quantize.supported(m, h, stream.dtype, granularity)
         if runs_kernel("rms_norm_quantize", implementation, unsupported, otherwise="reference"):
             x = stream.reshape(m, h) if added is None else _rows(added)
-            new, codes, scale = rms_norm_quantize.rms_norm_quantize_triton(
+            new, codes, scale, *rows = rms_norm_quantize.rms_norm_quantize_triton(
                 x,
                 weight,
                 granularity,
@@ -76,9 +78,11 @@ def add_rms_norm(
                 residual_multiplier=multiplier,
                 dtype=stream.dtype,
                 scale_layout=_LAYOUT,
+                keep=keep,
                 interpret=interpreting(),
             )
-            return QActivation(codes, scale, granularity, _LAYOUT), new.reshape(stream.shape)
+            plain = rows[0].reshape(stream.shape) if rows else None
+            return QActivation(codes, scale, granularity, _LAYOUT, plain), new.reshape(stream.shape)
     if added is not None:
         stream = stream + times(_whole(added), multiplier)
     return rms_norm(stream, weight, epsilon=epsilon), stream
@@ -209,7 +213,7 @@ def times(x: jax.Array, factor: float) -> jax.Array:
 
 
 def _granularity(reader: Any) -> ActivationGranularity | None:
-    return reader.scheme.activation if isinstance(reader, QArray) else None
+    return reader.scheme.activation if isinstance(reader, QArray | SplitQArray) else None
 
 
 def _rows(x: jax.Array | PartialSums) -> jax.Array:

@@ -18,7 +18,7 @@ import numpy as np
 from fp8jax.generation import bucket, decode_step, generate, prefill
 from fp8jax.load_report import LoadReport
 from fp8jax.models import CausalLM
-from fp8jax.qarray import QArray
+from fp8jax.qarray import QArray, SplitQArray
 from fp8jax.sampling import Sampling, sample
 from fp8jax.tokenizer import TextStream, decode, load_tokenizer
 
@@ -116,6 +116,8 @@ class LanguageModel:
                 raise KeyError(f"{name}: {'.'.join(walked) or 'the model'} has no {part!r}; it has {_children(module)}")
             module = found
             walked.append(part)
+        if isinstance(module, SplitQArray):
+            return module.joined()
         weight = module if isinstance(module, QArray | jax.Array) else getattr(module, "weight", None)
         if weight is None:
             raise KeyError(f"{name} has no weight of its own; it has {_children(module)}")

@@ -109,7 +109,14 @@ class RMSNorm(nnx.Module):
         return fused_ops.rms_norm(x, self.weight, epsilon=self.epsilon)
 
     def after_adding(
-        self, stream: jax.Array, added: jax.Array | PartialSums | None, step: Step, *, multiplier: float, reader: Any
+        self,
+        stream: jax.Array,
+        added: jax.Array | PartialSums | None,
+        step: Step,
+        *,
+        multiplier: float,
+        reader: Any,
+        keep: Literal["codes", "codes and rows"] = "codes",
     ) -> tuple[jax.Array | QActivation, jax.Array]:
         """The residual stream plus multiplier · added, normalised for the weight that reads it; and that new stream."""
         return fused_ops.add_rms_norm(
@@ -119,6 +126,7 @@ class RMSNorm(nnx.Module):
             epsilon=self.epsilon,
             multiplier=multiplier,
             reader=reader,
+            keep=keep,
             implementation=step.implementation,
         )
 

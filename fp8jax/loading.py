@@ -9,8 +9,7 @@ one expert: each is quantized for itself and written into the stack that is alre
 nothing in it points into the mapped file. NaN and Inf are looked for in every tensor on its way and reported together at the
 end.
 
-A stack stays one array whatever its size. A kernel that cannot address one (Pallas-Triton between 2 and 4 GiB) says so in its
-own `supported`; Mixtral-8x22B, with 1.6 GB for gate and up in FP8, is still below.
+A stack of experts that kernels could not address as one array (2 to 4 GiB) becomes a `SplitQArray` at once.
 """
 
 import functools
@@ -34,7 +33,7 @@ from fp8jax.language_model import LanguageModel
 from fp8jax.load_report import LayerReport, LoadReport, Outcome
 from fp8jax.models import CausalLM, read_decoder_config
 from fp8jax.parameters import ExpertParameter, Parameter, check_against, model_parameters, tied_as_stored
-from fp8jax.qarray import QArray, dequantize_rows, quantize, scale_shape
+from fp8jax.qarray import QArray, SplitQArray, dequantize_rows, quantize, rows_of_parts, scale_shape, split_rows
 from fp8jax.quantization_config import LayerKind, QuantizationConfig
 from fp8jax.schemes import BLOCK, Scheme
 
@@ -143,7 +142,7 @@ def _resolve(
 class _Loaded:
     """A finished weight, the largest |w| of each of its shards, its relative error, and what is wrong with it."""
 
-    value: QArray | jax.Array
+    value: QArray | SplitQArray | jax.Array
     shard_amax: tuple[float, ...]
     relative_error: float | None
     faults: tuple[str, ...]
@@ -221,8 +220,7 @@ def _experts(
     if scheme is None:
         stack = jnp.zeros(p.shape, dtype)
     else:
-        scales = scale_shape(p.shape, scheme, row_groups=p.row_groups)
-        stack = QArray(jnp.zeros(p.shape, jnp.float8_e4m3fn), jnp.zeros(scales, jnp.float32), scheme, p.row_groups)
+        stack = _empty_stack(p.shape, scheme, p.row_groups)
     largest, norms, faults = np.zeros(p.row_groups, np.float32), [], {}
     for expert in range(p.shape[0]):
         sources, views = p.shards_of(checkpoint, expert)
@@ -270,8 +268,22 @@ def _quantize_shards(shards: Sequence[jax.Array], scheme: Scheme) -> QArray:
     return QArray(codes, jnp.concatenate([part.scale for part in parts], axis=0), scheme)
 
 
+def _empty_stack(shape: tuple[int, ...], scheme: Scheme, row_groups: int) -> QArray | SplitQArray:
+    def empty(rows: int, row_groups: int) -> QArray:
+        part = (shape[0], rows, shape[2])
+        scales = scale_shape(part, scheme, row_groups=row_groups)
+        return QArray(jnp.zeros(part, jnp.float8_e4m3fn), jnp.zeros(scales, jnp.float32), scheme, row_groups)
+
+    rows = rows_of_parts(shape, row_groups=row_groups)
+    if len(rows) == 1:
+        return empty(shape[1], row_groups)
+    return SplitQArray(tuple(empty(count, 1) for count in rows), row_groups)
+
+
 @functools.partial(jax.jit, donate_argnums=0)
-def _put(stack: QArray | jax.Array, expert: jax.Array, value: QArray | jax.Array) -> QArray | jax.Array:
+def _put(
+    stack: QArray | SplitQArray | jax.Array, expert: jax.Array, value: QArray | jax.Array
+) -> QArray | SplitQArray | jax.Array:
     """The stack with one expert written into it, in place.
 
     A program of its own: fused with what computes the codes, XLA's CPU backend does it all in one slow loop. And a slice, for
@@ -287,7 +299,8 @@ def _put(stack: QArray | jax.Array, expert: jax.Array, value: QArray | jax.Array
         whole = jax.lax.dynamic_update_index_in_dim(whole, part, expert, axis=0)
         return jax.lax.bitcast_convert_type(whole, jnp.float8_e4m3fn)
 
-    return jax.tree.map(write, stack, value)
+    written = split_rows(value, stack.rows) if isinstance(stack, SplitQArray) and isinstance(value, QArray) else value
+    return jax.tree.map(write, stack, written)
 
 
 def _relative_error(norms: Sequence[jax.Array], scheme: Scheme | None) -> float | None:

@@ -6,7 +6,8 @@
     y[slot] = down_e(silu(gate_e(x)) · up_e(x)) · weight,  e the slot's expert
     out[token] = y[slot of choice 1] + … + y[slot of choice k]       in float32, in the order of the choices
 
-Experts are two stacks, `gate_up_proj` [e, 2i, h] (gate rows first) and `down_proj` [e, h, i], each an array or a `QArray`.
+Experts are two stacks, `gate_up_proj` [e, 2i, h] (gate rows first) and `down_proj` [e, h, i], each an array, a `QArray`, or the latter
+in parts.
 All shapes are static: what depends on the routing is only which slots belong to whom (`pallas_kernels/grouped_matmul.py`).
 Tokens that are padding are sorted behind everything, belong to no expert and come out as zeros. Activations are quantized
 per token or per group, so a token's result does not depend on who shares its batch.
@@ -22,17 +23,24 @@ Source: the routers of transformers 5.
 """
 
 import functools
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from fp8jax import ops
-from fp8jax.layers import Step, silu_mul
-from fp8jax.qarray import QArray
+from fp8jax import fused_ops, ops
+from fp8jax.kernel_choice import runs_kernel
+from fp8jax.layers import Step
+from fp8jax.ops import PartialSums, QActivation
+from fp8jax.pallas_kernels import expert_routing
+from fp8jax.pallas_kernels.interpret_mode import interpreting
+from fp8jax.qarray import QArray, SplitQArray
+
+# So few that writing what each expert gives in float32 costs next to nothing.
+_FEW_SLOTS = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,17 +93,26 @@ class MoEConfig:
             raise ValueError(f"a token cannot go to {self.top_k} experts of {self.num_experts}")
 
 
-class Slots(NamedTuple):
-    """The pairs (token, choice), sorted by expert, stably.
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Slots:
+    """The r = t · k pairs (token, choice), sorted by expert, stably.
 
-    row int32 `[r]`: the token of a slot; choice int32 `[r]`: the pair's index in `[t, k]` flattened; sizes int32 `[e]`: slots
-    of each expert; of_choice int32 `[t, k]`: where each pair went.
+    Args:
+        row: int32 `[r]`, the token of a slot.
+        out_row: int32 `[r]`, choice · t + token: where what a slot gives belongs in `[k, t]` flattened.
+        weight: float32 `[r]`, what the expert's output is multiplied by.
+        sizes: int32 `[e]`, slots of each expert.
+        work: the grouped kernels' list of tiles of block_m slots, where it was made along with the rest.
+        block_m: of work (static).
     """
 
     row: jax.Array
-    choice: jax.Array
+    out_row: jax.Array
+    weight: jax.Array
     sizes: jax.Array
-    of_choice: jax.Array
+    work: jax.Array | None = None
+    block_m: int = field(default=0, metadata={"static": True})
 
 
 class Router(nnx.Module):
@@ -113,6 +130,7 @@ class Experts(nnx.Module):
 
     def __init__(self, config: MoEConfig, hidden: int, *, dtype):
         e, i = config.num_experts, config.intermediate_size
+        self.dtype = jnp.dtype(dtype)
         self.gate_up_proj: Any = nnx.data(jax.ShapeDtypeStruct((e, 2 * i, hidden), dtype))
         self.down_proj: Any = nnx.data(jax.ShapeDtypeStruct((e, hidden, i), dtype))
 
@@ -136,13 +154,38 @@ class Experts(nnx.Module):
         Returns:
             `[t, h]` in the dtype of x; zeros for padding.
         """
-        slots = sort_by_expert(experts, self.gate_up_proj.shape[0], valid)
-        product = functools.partial(_grouped, sizes=slots.sizes, implementation=implementation)
-        gate_up = product(x, self.gate_up_proj, rows=slots.row, valid=valid)
+        slots = sort_by_expert(experts, weights, self.gate_up_proj.shape[0], valid)
+        out = self.on_slots(x, slots, valid=valid, implementation=implementation)
+        return out.total() if isinstance(out, PartialSums) else out
+
+    def on_slots(
+        self,
+        x: jax.Array | QActivation,
+        slots: Slots,
+        *,
+        valid: jax.Array | None = None,
+        implementation: ops.Implementation = "auto",
+    ) -> jax.Array | PartialSums:
+        """The same for sorted slots and for rows that may come quantized; in decode, the sum over the choices is left to who
+        reads the result, who reads it anyway."""
+        t, h = x.shape
+        dtype = x.dtype if isinstance(x, jax.Array) else self.dtype
+        product = functools.partial(_grouped, slots=slots, implementation=implementation)
+        gate_up = product(x, self.gate_up_proj, rows=slots.row, valid=valid, out_dtype=dtype)
+        y = fused_ops.silu_mul_for(self.down_proj, gate_up, implementation=implementation)
         in_use = jnp.arange(slots.row.size, dtype=jnp.int32) < jnp.sum(slots.sizes)
-        y = product(silu_mul(gate_up), self.down_proj, row_weight=weights.reshape(-1)[slots.choice], valid=in_use)
-        parts = (y[slots.of_choice[:, j]].astype(jnp.float32) for j in range(experts.shape[1]))
-        return functools.reduce(jnp.add, parts).astype(x.dtype)
+        in_parts = isinstance(y, QActivation) and slots.row.size <= _FEW_SLOTS
+        out = product(
+            y,
+            self.down_proj,
+            row_weight=slots.weight,
+            out_rows=slots.out_row,
+            valid=in_use,
+            out_dtype=jnp.dtype(jnp.float32) if in_parts else dtype,
+        ).reshape(-1, t, h)
+        if in_parts:
+            return PartialSums(out, dtype)
+        return functools.reduce(jnp.add, (part.astype(jnp.float32) for part in out)).astype(dtype)
 
 
 class SparseMoE(nnx.Module):
@@ -157,12 +200,50 @@ class SparseMoE(nnx.Module):
         self.gate = Router(config.moe.num_experts, config.hidden_size, dtype=config.dtype)
         self.experts = Experts(config.moe, config.hidden_size, dtype=config.dtype)
 
-    def __call__(self, x: jax.Array, step: Step) -> jax.Array:
-        tokens = x.reshape(-1, x.shape[-1])
-        experts, weights = route(self.gate(tokens), self.config)
+    def __call__(self, x: jax.Array | QActivation, step: Step) -> jax.Array | PartialSums:
+        """`[b, t, h]`, or its rows quantized and as they were, to `[b, t, h]`."""
+        plain = x.plain if isinstance(x, QActivation) else x
+        assert plain is not None, "the router reads what was not quantized"
+        rows = plain.reshape(-1, plain.shape[-1])
         valid = None if step.valid is None else step.valid.reshape(-1)
-        out = self.experts(tokens, experts, weights, valid=valid, implementation=step.implementation)
-        return out.reshape(x.shape)
+        logits, implementation = self.gate(rows), step.implementation
+        slots = assign(logits, self.config, valid=valid, stack=self.experts.gate_up_proj, implementation=implementation)
+        quantized = x if isinstance(x, QActivation) else rows
+        out = self.experts.on_slots(quantized, slots, valid=valid, implementation=implementation)
+        shape = (*step.positions.shape, rows.shape[-1])
+        if isinstance(out, PartialSums):
+            return PartialSums(out.parts.reshape(-1, *shape), out.dtype)
+        return out.reshape(shape)
+
+
+def assign(
+    logits: jax.Array,
+    config: MoEConfig,
+    *,
+    valid: jax.Array | None,
+    stack: jax.Array | QArray | SplitQArray,
+    implementation: ops.Implementation,
+) -> Slots:
+    """Send each token to its experts, in one kernel where there is one.
+
+    Args:
+        logits: float `[t, e]`.
+        config: the family's way.
+        valid: bool `[t]`, which tokens are not padding; None for all.
+        stack: the first weights that the slots meet.
+        implementation: what runs it.
+    """
+    (t, e), k = logits.shape, config.top_k
+    block_m = ops.grouped_block_m(stack, t, t * k, implementation)
+    unsupported = "no kernel reads its list" if block_m is None else expert_routing.supported(t, e, k, logits.dtype)
+    if block_m is None or not runs_kernel("route_experts", implementation, unsupported, otherwise="reference"):
+        return sort_by_expert(*route(logits, config), e, valid)
+    weight_dtype = logits.dtype.name if config.weight_dtype == "activation" else "float32"
+    rule = expert_routing.Rule(k, config.softmax_over, config.renormalise, weight_dtype)
+    row, out_row, weight, sizes, work = expert_routing.route_experts_triton(
+        logits, rule, block_m, valid=valid, interpret=interpreting()
+    )
+    return Slots(row, out_row, weight, sizes, work, block_m)
 
 
 def route(logits: jax.Array, config: MoEConfig) -> tuple[jax.Array, jax.Array]:
@@ -187,11 +268,12 @@ def route(logits: jax.Array, config: MoEConfig) -> tuple[jax.Array, jax.Array]:
     return experts, weights
 
 
-def sort_by_expert(experts: jax.Array, num_experts: int, valid: jax.Array | None = None) -> Slots:
+def sort_by_expert(experts: jax.Array, weights: jax.Array, num_experts: int, valid: jax.Array | None = None) -> Slots:
     """Sort the pairs (token, choice) by expert; those of padding come last and belong to no one.
 
     Args:
         experts: int32 `[t, k]`.
+        weights: float32 `[t, k]`.
         num_experts: e.
         valid: bool `[t]`, which tokens are not padding; None for all.
     """
@@ -199,27 +281,38 @@ def sort_by_expert(experts: jax.Array, num_experts: int, valid: jax.Array | None
     if valid is not None:
         experts = jnp.where(valid[:, None], experts, jnp.int32(num_experts))
     key = experts.reshape(-1)
-    order = jnp.argsort(key, stable=True).astype(jnp.int32)
-    place = jnp.zeros(t * k, jnp.int32).at[order].set(jnp.arange(t * k, dtype=jnp.int32), unique_indices=True)
+    pair = jnp.argsort(key, stable=True).astype(jnp.int32)
     sizes = jnp.zeros(num_experts, jnp.int32).at[key].add(1, mode="drop")
-    return Slots(row=order // k, choice=order, sizes=sizes, of_choice=place.reshape(t, k))
+    return Slots(row=pair // k, out_row=pair % k * t + pair // k, weight=weights.reshape(-1)[pair], sizes=sizes)
 
 
 def _grouped(
-    x: jax.Array,
-    w: jax.Array | QArray,
+    x: jax.Array | QActivation,
+    w: jax.Array | QArray | SplitQArray,
     *,
-    sizes: jax.Array,
+    slots: Slots,
     rows: jax.Array | None = None,
     row_weight: jax.Array | None = None,
+    out_rows: jax.Array | None = None,
     valid: jax.Array | None = None,
+    out_dtype: jnp.dtype,
     implementation: ops.Implementation,
 ) -> jax.Array:
-    if isinstance(w, QArray):
-        return ops.grouped_scaled_matmul(
-            x, w, sizes, rows=rows, row_weight=row_weight, valid=valid, implementation=implementation
-        )
-    return ops.grouped_matmul(x, w, sizes, rows=rows, row_weight=row_weight)
+    per_slot = {"rows": rows, "row_weight": row_weight, "out_rows": out_rows}
+    if not isinstance(w, QArray | SplitQArray):
+        assert not isinstance(x, QActivation), "activations are quantized for quantized weights only"
+        return ops.grouped_matmul(x, w, slots.sizes, **per_slot)
+    return ops.grouped_scaled_matmul(
+        x,
+        w,
+        slots.sizes,
+        **per_slot,
+        work=slots.work,
+        block_m_of_work=slots.block_m,
+        out_dtype=out_dtype,
+        valid=valid,
+        implementation=implementation,
+    )
 
 
 def _rounded(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:

@@ -7,7 +7,6 @@ since all are alike. Run with `pallas_kernels/offline_compile.py`:
         compiler.compile("h100", "fp8jax.offline_models:decode_step", {"model": "llama-3.1-8b", "batch": 1, "layers": 2})
 """
 
-import functools
 from typing import Any
 
 import jax
@@ -20,7 +19,7 @@ from fp8jax.layers import Linear
 from fp8jax.models import CausalLM, DecoderConfig, read_decoder_config
 from fp8jax.moe import Experts
 from fp8jax.pallas_kernels.offline_compile import Program
-from fp8jax.qarray import quantize
+from fp8jax.qarray import QArray, SplitQArray, quantize, rows_of_parts, split_rows
 
 _LLAMA_31: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -157,4 +156,9 @@ def prefill(
 
 
 def _quantized(weight: jax.ShapeDtypeStruct, scheme: str, *, row_groups: int = 1) -> Any:
-    return nnx.data(jax.eval_shape(functools.partial(quantize, scheme=scheme, row_groups=row_groups), weight))
+    def as_loaded(weight: jax.Array) -> QArray | SplitQArray:
+        q = quantize(weight, scheme, row_groups=row_groups)
+        rows = rows_of_parts(weight.shape, row_groups=row_groups) if weight.ndim == 3 else (weight.shape[0],)
+        return q if len(rows) == 1 else split_rows(q, rows)
+
+    return nnx.data(jax.eval_shape(as_loaded, weight))

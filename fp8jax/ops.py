@@ -13,6 +13,7 @@ Where "auto" finds a GPU without FP8 tensor cores, weights stay FP8 in memory an
 dtype: x @ (q · s).T with x as it is.
 """
 
+import functools
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -24,13 +25,13 @@ from fp8jax import kernel_choice
 from fp8jax.kernel_choice import IMPLEMENTATIONS as IMPLEMENTATIONS
 from fp8jax.kernel_choice import Implementation as Implementation
 from fp8jax.pallas_kernels import block_scaled_matmul as block_kernel
+from fp8jax.pallas_kernels import grouped_matmul as grouped_kernel
 from fp8jax.pallas_kernels import matmul_config, matmul_tiles, quantize
 from fp8jax.pallas_kernels import scaled_matmul as scaled_kernel
 from fp8jax.pallas_kernels.grouped_matmul import grouped_matmul_reference, grouped_scaled_matmul_reference
-from fp8jax.pallas_kernels.grouped_matmul import supported as grouped_kernel_unsupported
 from fp8jax.pallas_kernels.interpret_mode import interpreting
 from fp8jax.pallas_kernels.quantize import ScaleLayout
-from fp8jax.qarray import QArray, dequantize
+from fp8jax.qarray import QArray, SplitQArray, dequantize
 from fp8jax.schemes import ActivationGranularity
 
 
@@ -41,12 +42,18 @@ class QActivation:
 
     Args:
         scale_layout: of "group" scales, `[m, groups]` or `[groups, m]` (static).
+        plain: the float array that was quantized, `[..., k]`, where something else reads it too (a router).
     """
 
     qvalue: jax.Array
     scale: jax.Array
     granularity: ActivationGranularity = field(metadata={"static": True})
     scale_layout: ScaleLayout = field(default="mg", metadata={"static": True})
+    plain: jax.Array | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.qvalue.shape
 
     def scale_by_row(self) -> jax.Array:
         """The scales as the references take them."""
@@ -155,7 +162,7 @@ def _scaled_matmul(
 ) -> jax.Array | PartialSums:
     if out_dtype is None:
         out_dtype = jnp.dtype(jnp.bfloat16 if isinstance(x, QActivation) else x.dtype)
-    (m, k), w_shape = x.qvalue.shape if isinstance(x, QActivation) else x.shape, w.shape
+    (m, k), w_shape = x.shape, w.shape
     if len(w_shape) != 2 or k != w_shape[1]:
         raise ValueError(f"scaled_matmul: x [m, k] is {(m, k)} and w [n, k] is {w_shape}; k must be the same")
     if not isinstance(x, QActivation):
@@ -236,11 +243,14 @@ def matmul(x: jax.Array, w: jax.Array, *, bias: jax.Array | None = None) -> jax.
 
 def grouped_scaled_matmul(
     x: jax.Array | QActivation,
-    w: QArray,
+    w: QArray | SplitQArray,
     sizes: jax.Array,
     *,
     rows: jax.Array | None = None,
     row_weight: jax.Array | None = None,
+    out_rows: jax.Array | None = None,
+    work: jax.Array | None = None,
+    block_m_of_work: int = 0,
     out_dtype: jax.typing.DTypeLike | None = None,
     valid: jax.Array | None = None,
     implementation: Implementation = "auto",
@@ -249,10 +259,12 @@ def grouped_scaled_matmul(
 
     Args:
         x: float `[m, k]`, or the same quantized with the granularity of the scheme.
-        w: quantized stack `[e, n, k]`.
+        w: quantized stack `[e, n, k]`, whole or in parts.
         sizes: int32 `[e]`, how many of the r sorted slots each expert has; slots beyond their sum give zeros.
         rows: int32 `[r]`, the row of x that a slot reads; None where slot i reads row i.
         row_weight: float32 `[r]`, multiplies a slot's result before it is rounded.
+        out_rows: int32 `[r]`, a permutation: the row of the result that a slot becomes; None where slot i becomes row i.
+        work, block_m_of_work: the kernel's list of tiles of so many slots, from who has it already.
         out_dtype: dtype of the result; that of a float x by default, bfloat16 for a quantized one.
         valid: bool `[m]`, rows of x that count for per-tensor activations.
         implementation: what runs it.
@@ -273,35 +285,70 @@ def grouped_scaled_matmul(
     if w.scheme.weight == "channel":
         raise ValueError(f"grouped_scaled_matmul: stacks of experts have no scales per channel, got {w.scheme}")
     _check_groups("grouped_scaled_matmul", x.qvalue.shape, w.shape, sizes)
-    kind = kernel_choice.device_kind(implementation)
-    unsupported = grouped_kernel_unsupported(kind, x.qvalue.shape[0], *w.shape) if kind else None
-    if kernel_choice.runs_kernel("grouped_scaled_matmul", implementation, unsupported):
-        from fp8jax.pallas_kernels.grouped_matmul_kernel import grouped_scaled_matmul_triton
-
-        return grouped_scaled_matmul_triton(
-            x.qvalue,
-            x.scale,
-            w.qvalue,
-            w.scale,
-            sizes,
+    if isinstance(w, SplitQArray):
+        of_part = functools.partial(
+            grouped_scaled_matmul,
             rows=rows,
             row_weight=row_weight,
-            row_groups=w.row_groups,
-            out_dtype=jnp.dtype(out_dtype),
-            x_scale_layout=x.scale_layout,
-            interpret=interpreting(),
+            out_rows=out_rows,
+            work=work,
+            block_m_of_work=block_m_of_work,
+            out_dtype=out_dtype,
+            implementation=implementation,
         )
-    return grouped_scaled_matmul_reference(
+        return jnp.concatenate([of_part(x, part, sizes) for part in w.parts], axis=1)
+    per_slot = {"rows": rows, "row_weight": row_weight, "out_rows": out_rows}
+    slots = x.shape[0] if rows is None else rows.shape[0]
+    config = _grouped_kernel_config(w, x.shape[0], slots, implementation)
+    if config is None:
+        options = {"row_groups": w.row_groups, "out_dtype": out_dtype}
+        return grouped_scaled_matmul_reference(
+            x.qvalue, x.scale_by_row(), w.qvalue, w.scale, sizes, **per_slot, **options
+        )
+    from fp8jax.pallas_kernels.grouped_matmul_kernel import grouped_scaled_matmul_triton
+
+    return grouped_scaled_matmul_triton(
         x.qvalue,
-        x.scale_by_row(),
+        x.scale,
         w.qvalue,
         w.scale,
         sizes,
-        rows=rows,
-        row_weight=row_weight,
+        **per_slot,
+        work=work if block_m_of_work == config.block_m else None,
         row_groups=w.row_groups,
-        out_dtype=out_dtype,
+        out_dtype=jnp.dtype(out_dtype),
+        x_scale_layout=x.scale_layout,
+        config=config,
+        interpret=interpreting(),
     )
+
+
+def grouped_block_m(
+    w: jax.Array | QArray | SplitQArray, m: int, slots: int, implementation: Implementation
+) -> int | None:
+    """Slots a tile of the kernel that multiplies m rows in so many slots with a stack; None where no kernel does."""
+    w = w.parts[0] if isinstance(w, SplitQArray) else w
+    config = _grouped_kernel_config(w, m, slots, implementation) if isinstance(w, QArray) else None
+    return config.block_m if config else None
+
+
+def _grouped_kernel_config(
+    w: QArray, m: int, slots: int, implementation: Implementation
+) -> matmul_config.Config | None:
+    """As `_kernel_config`, for a stack of experts."""
+    (e, n, k), op = w.shape, "grouped_scaled_matmul"
+    kind = kernel_choice.device_kind(implementation)
+    unsupported = grouped_kernel.supported(kind, m, e, n, k) if kind else None
+    if not kernel_choice.runs_kernel(op, implementation, unsupported):
+        return None
+    scales: grouped_kernel.ExpertScales = "block" if w.scheme.weight == "block" else "tensor"
+    shape: dict[str, int | str] = {"slots": slots, "experts": e, "n": n, "k": k, "row_groups": w.row_groups}
+    measured = kernel_choice.tuned(op, implementation, **shape, scales=scales)
+    if measured is None:
+        return grouped_kernel.default_config(kind, slots, e, n, k, row_groups=w.row_groups, scales=scales)
+    if implementation == "auto" and measured.implementation == "xla":
+        return None
+    return matmul_config.Config(**measured.config)
 
 
 def grouped_matmul(
@@ -311,18 +358,19 @@ def grouped_matmul(
     *,
     rows: jax.Array | None = None,
     row_weight: jax.Array | None = None,
+    out_rows: jax.Array | None = None,
 ) -> jax.Array:
     """The same with unquantized experts.
 
     Args:
         x: float `[m, k]`.
         w: stack `[e, n, k]` of the same dtype.
-        sizes, rows, row_weight: as in `grouped_scaled_matmul`.
+        sizes, rows, row_weight, out_rows: as in `grouped_scaled_matmul`.
     Returns:
         `[r, n]` in the dtype of x.
     """
     _check_groups("grouped_matmul", x.shape, w.shape, sizes)
-    return grouped_matmul_reference(x, w, sizes, rows=rows, row_weight=row_weight)
+    return grouped_matmul_reference(x, w, sizes, rows=rows, row_weight=row_weight, out_rows=out_rows)
 
 
 def precision_of(dtype: jax.typing.DTypeLike) -> lax.Precision:

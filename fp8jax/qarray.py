@@ -24,6 +24,7 @@ import numpy as np
 from jax import lax
 
 from fp8jax import exact_division
+from fp8jax.pallas_kernels.addressing import unaddressable
 from fp8jax.schemes import BLOCK, E4M3_MAX, Scheme, scheme_named
 
 _SMALLEST_NORMAL = 2.0**-126
@@ -67,6 +68,77 @@ class QArray:
             raise ValueError(
                 f"QArray of shape {self.qvalue.shape} under {self.scheme} has scales {self.scale.shape}, expected {expected}"
             )
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SplitQArray:
+    """A stack of experts that kernels cannot address as one array, cut along its rows: each part has some rows of every expert.
+
+    Args:
+        parts: stacks `[e, n_i, k]` with the n_i adding up to n, whose blocks are those of the whole.
+        row_groups: of the whole (static).
+    """
+
+    parts: tuple[QArray, ...]
+    row_groups: int = field(default=1, metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        *experts, _, k = self.parts[0].shape
+        return (*experts, sum(self.rows), k)
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """Rows of each part."""
+        return tuple(part.shape[-2] for part in self.parts)
+
+    @property
+    def scheme(self) -> Scheme:
+        return self.parts[0].scheme
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and scales."""
+        return sum(part.nbytes for part in self.parts)
+
+    def joined(self) -> QArray:
+        """The stack in one piece, copied."""
+        codes = jnp.concatenate([part.qvalue for part in self.parts], axis=-2)
+        scales = [part.scale for part in self.parts]
+        scale = jnp.concatenate(scales, axis=-2) if self.scheme.weight != "tensor" else scales[0]
+        return QArray(codes, scale, self.scheme, self.row_groups)
+
+
+def rows_of_parts(shape: tuple[int, ...], *, row_groups: int = 1) -> tuple[int, ...]:
+    """Into how many rows each a stack `[e, n, k]` has to be cut, `(n,)` where it can stay whole.
+
+    Parts end where a row group ends, or else at whole blocks of 128 rows, so that cutting changes no scale.
+    """
+    e, n, k = shape
+    if not unaddressable(e * n * k):
+        return (n,)
+    width = n // row_groups if row_groups > 1 else max(BLOCK, n // 2 // BLOCK * BLOCK)
+    starts = range(0, n, width)
+    return tuple(min(width, n - start) for start in starts)
+
+
+def split_rows(q: QArray, rows: tuple[int, ...]) -> SplitQArray:
+    """Cut a weight `[n, k]` or `[e, n, k]` into parts of so many rows, as `rows_of_parts` gives them."""
+    group_rows = q.shape[-2] // q.row_groups
+    codes = lax.bitcast_convert_type(q.qvalue, jnp.uint8)  # as bytes: a CPU would slice FP8 as float16
+    parts, start, block = [], 0, 0
+    for count in rows:
+        part = lax.bitcast_convert_type(codes[..., start : start + count, :], jnp.float8_e4m3fn)
+        groups = max(1, count // group_rows)
+        scale, blocks = q.scale, groups * -(-(count // groups) // BLOCK)
+        if q.scheme.weight == "block":
+            scale = scale[..., block : block + blocks, :]
+        elif q.scheme.weight == "channel":
+            scale = scale[..., start : start + count, :]
+        parts.append(QArray(part, scale, q.scheme, groups))
+        start, block = start + count, block + blocks
+    return SplitQArray(tuple(parts), q.row_groups)
 
 
 def scale_shape(shape: tuple[int, ...], scheme: Scheme, *, row_groups: int = 1) -> tuple[int, ...]:

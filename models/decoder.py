@@ -100,10 +100,16 @@ class DecoderLayer(nnx.Module):
             x, added, step, multiplier=multiplier, reader=attention.qkv_proj.weight
         )
         attended, cache = attention(y, step, cache)
+        sparse = isinstance(mlp, SparseMoE)
         y, x = self.post_attention_layernorm.after_adding(
-            x, attended, step, multiplier=multiplier, reader=mlp.gate_up_proj.weight if isinstance(mlp, MLP) else None
+            x,
+            attended,
+            step,
+            multiplier=multiplier,
+            reader=mlp.experts.gate_up_proj if sparse else mlp.gate_up_proj.weight,
+            keep="codes and rows" if sparse else "codes",  # a router reads what the experts read quantized
         )
-        return x, mlp(y, step), cache  # pyright: ignore[reportArgumentType]  (experts are no reader: y is an array)
+        return x, mlp(y, step), cache
 
 
 class Decoder(nnx.Module):

@@ -2,7 +2,7 @@
 
 Rows are sorted by expert into *slots*: the first sizes[0] slots are expert 0's, the next sizes[1] expert 1's, and so on.
 
-    out[slot] = x[rows[slot]] @ w[expert of slot].T · row_weight[slot]          x [m, k], w [e, n, k], out [r, n]
+    out[out_rows[slot]] = x[rows[slot]] @ w[expert of slot].T · row_weight[slot]          x [m, k], w [e, n, k], out [r, n]
 
 The number of slots r is static (tokens × top_k), the sizes are not. Slots beyond their sum belong to no one (padding) and
 give zeros. Work is cut into *tiles* of `block_m` slots of one expert. An expert with s slots has ⌈s / block_m⌉ tiles, so
@@ -13,8 +13,8 @@ Quantized stacks have one scale an expert `[e]`, or blocks `[e, row_groups · �
 row group for itself (see `qarray`); the products of a tile are those of `scaled_matmul` and `block_scaled_matmul`.
 
 The reference loops over the used tiles and takes one expert's weight at a time to float32: its work and memory follow the
-rows, not e times the rows. The kernel (`grouped_matmul_kernel.py`) has to refuse stacks of 2 to 4 GiB, which Pallas-Triton
-addresses wrongly (32-bit offsets); the reference takes them. Here also: where the kernel runs, and with which tiles.
+rows, not e times the rows. The kernel (`grouped_matmul_kernel.py`) has to refuse stacks of 2 to 4 GiB (`addressing.py`),
+which are therefore loaded in parts. Here also: where the kernel runs, and with which tiles.
 """
 
 from collections.abc import Callable
@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from fp8jax.pallas_kernels import matmul_config
+from fp8jax.pallas_kernels.addressing import unaddressable
 from fp8jax.pallas_kernels.block_scaled_matmul import block_scaled_matmul_reference
 from fp8jax.pallas_kernels.matmul_config import Config, Promotion
 from fp8jax.pallas_kernels.scaled_matmul import scaled_matmul_reference
@@ -83,6 +84,7 @@ def grouped_scaled_matmul_reference(
     *,
     rows: jax.Array | None = None,
     row_weight: jax.Array | None = None,
+    out_rows: jax.Array | None = None,
     row_groups: int = 1,
     out_dtype: jax.typing.DTypeLike = jnp.bfloat16,
     block_m: int | None = None,
@@ -97,11 +99,12 @@ def grouped_scaled_matmul_reference(
         sizes: int32 `[e]`, slots of each expert.
         rows: int32 `[r]`, the row of x that a slot reads; None where slot i reads row i.
         row_weight: float32 `[r]`, multiplies a slot's result in float32.
+        out_rows: int32 `[r]`, a permutation: the row of the result that a slot becomes; None where slot i becomes row i.
         row_groups: into how many equal groups of rows the blocks were laid out.
         out_dtype: dtype of the result.
         block_m: slots a tile; by default what suits r and e.
     Returns:
-        `[r, n]`, zeros in slots beyond the sum of the sizes.
+        `[r, n]`, zeros for slots beyond the sum of the sizes.
     """
 
     def product(expert: jax.Array, tile_rows: jax.Array) -> jax.Array:
@@ -116,7 +119,7 @@ def grouped_scaled_matmul_reference(
         ]
         return jnp.concatenate(outputs, axis=1)
 
-    return _over_tiles(product, x.shape[0], w, sizes, rows, row_weight, out_dtype, block_m)
+    return _over_tiles(product, x.shape[0], w, sizes, rows, row_weight, out_rows, out_dtype, block_m)
 
 
 def grouped_matmul_reference(
@@ -126,6 +129,7 @@ def grouped_matmul_reference(
     *,
     rows: jax.Array | None = None,
     row_weight: jax.Array | None = None,
+    out_rows: jax.Array | None = None,
     block_m: int | None = None,
 ) -> jax.Array:
     """The same for unquantized experts; float32 means float32, not TF32.
@@ -133,7 +137,7 @@ def grouped_matmul_reference(
     Args:
         x: float `[m, k]`.
         w: `[e, n, k]` of the same dtype.
-        sizes, rows, row_weight, block_m: as in `grouped_scaled_matmul_reference`.
+        sizes, rows, row_weight, out_rows, block_m: as in `grouped_scaled_matmul_reference`.
     Returns:
         `[r, n]` in the dtype of x.
     """
@@ -145,7 +149,7 @@ def grouped_matmul_reference(
             x[tile_rows], _pick(w, expert), contract_last, precision=precision, preferred_element_type=jnp.float32
         )
 
-    return _over_tiles(product, x.shape[0], w, sizes, rows, row_weight, x.dtype, block_m)
+    return _over_tiles(product, x.shape[0], w, sizes, rows, row_weight, out_rows, x.dtype, block_m)
 
 
 def supported(device_kind: str, m: int, num_experts: int, n: int, k: int) -> str | None:
@@ -158,10 +162,10 @@ def supported(device_kind: str, m: int, num_experts: int, n: int, k: int) -> str
     """
     if reason := matmul_config.unsupported(device_kind, m, n, k):
         return reason
-    if 2**31 < num_experts * n * k <= 2**32:
+    if unaddressable(num_experts * n * k):
         return (
             f"w [e, n, k] is {[num_experts, n, k]}: Pallas-Triton addresses one-byte arrays between 2 and 4 GiB with offsets "
-            "that overflow; split the stack"
+            "that overflow; split the stack (fp8jax.qarray.split_rows; load_quantized does)"
         )
     return None
 
@@ -231,6 +235,7 @@ def _over_tiles(
     sizes: jax.Array,
     rows: jax.Array | None,
     row_weight: jax.Array | None,
+    out_rows: jax.Array | None,
     out_dtype: jax.typing.DTypeLike,
     block_m: int | None,
 ) -> jax.Array:
@@ -254,4 +259,7 @@ def _over_tiles(
         return lax.dynamic_update_slice(out, values, (start, jnp.int32(0)))
 
     out = lax.fori_loop(jnp.int32(0), tiles.count, add_tile, jnp.zeros((slots + block_m, n), out_dtype))
-    return out[:slots]
+    if out_rows is None:
+        return out[:slots]
+    slot_of = jnp.zeros(slots, jnp.int32).at[out_rows].set(jnp.arange(slots, dtype=jnp.int32), unique_indices=True)
+    return out[slot_of]  # rows are gathered: a scatter of them is slow on a CPU

@@ -14,7 +14,8 @@ exactly once. A tile without an expert runs its loop zero times: it touches no w
 
 Rows of x are gathered by the loads themselves: ids come from memory, a row's codes stay contiguous, and the copies to shared
 memory stay asynchronous and 16 bytes wide. Slots of a tile beyond its end belong to the next expert; they read row 0 and are
-not stored.
+not stored. The output may be scattered in the same way (`out_rows`): the second product of an expert layer writes choice j of
+token i to row j · t + i, so that the sum over the choices, which the next norm takes, reads whole rows in a fixed order.
 
 Row groups (gate and up in one stack) have block scales of their own. Columns are tiled in each group for itself, and block_n
 divides 128, so that a tile meets one block of scales a step even where a group's width is no multiple of 128.
@@ -69,13 +70,18 @@ class GroupedProblem:
     @property
     def slot_tiles(self) -> int:
         """Tiles along the slots, those that write zeros included, in the worst routing; see the module's docstring."""
-        in_use = min(self.num_experts, self.slots)
-        return in_use + -(-(self.slots - in_use) // self.config.block_m)
+        return tiles_needed(self.slots, self.num_experts, self.config.block_m)
 
     @property
     def programs(self) -> int:
         """Programs of the launch."""
         return self.slot_tiles * self.column_tiles
+
+
+def tiles_needed(slots: int, num_experts: int, block_m: int) -> int:
+    """The slot tiles of a launch."""
+    in_use = min(num_experts, slots)
+    return in_use + -(-(slots - in_use) // block_m)
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC)
@@ -88,6 +94,8 @@ def grouped_scaled_matmul_triton(
     *,
     rows: jax.Array | None = None,
     row_weight: jax.Array | None = None,
+    out_rows: jax.Array | None = None,
+    work: jax.Array | None = None,
     row_groups: int = 1,
     out_dtype: jax.typing.DTypeLike = jnp.bfloat16,
     x_scale_layout: ScaleLayout = "mg",
@@ -97,19 +105,21 @@ def grouped_scaled_matmul_triton(
     """What `grouped_scaled_matmul_reference` computes, in one kernel behind the few operations that list its tiles.
 
     Args:
-        x, w, w_scale, sizes, rows, row_weight, row_groups: as for the reference.
+        x, w, w_scale, sizes, rows, row_weight, out_rows, row_groups: as for the reference.
         x_scale: as for the reference; `[⌈k/128⌉, m]` with block scales if x_scale_layout says "gm".
+        work: `work_list` for these sizes and the config's block_m, from who has it already.
         out_dtype: bfloat16, float16 or float32.
         x_scale_layout: of block scales. Gathered rows have no neighbours, so neither is faster where rows is given.
         config: tiles; `default_config` of the current device if None.
         interpret: run on the CPU, to check the mathematics.
     Returns:
-        `[r, n]`, zeros in slots beyond the sum of the sizes.
+        `[r, n]`, zeros for slots beyond the sum of the sizes.
     Raises:
         NotImplementedError: `supported` says why.
         ValueError: shapes, dtypes or a config that do not fit.
     """
-    _check_operands(x, x_scale, w, w_scale, sizes, rows, row_weight, row_groups, out_dtype, x_scale_layout)
+    per_slot = {"rows": rows, "row_weight": row_weight, "out_rows": out_rows}
+    _check_operands(x, x_scale, w, w_scale, sizes, per_slot, row_groups, out_dtype, x_scale_layout)
     (m, k), (num_experts, n, _) = x.shape, w.shape
     slots = m if rows is None else rows.shape[0]
     if slots == 0 or m == 0:
@@ -118,13 +128,17 @@ def grouped_scaled_matmul_triton(
     config = _checked_config(m, slots, num_experts, n, k, row_groups, scales, config, interpret)
     problem = GroupedProblem(slots, num_experts, n, k, row_groups, config)
 
-    operands = {"work": work_list(problem, sizes), "x": x, "x_scale": x_scale, "w": w, "w_scale": w_scale}
+    work = work_list(problem, sizes) if work is None else work
+    if work.shape != (4, problem.slot_tiles):
+        raise ValueError(
+            f"{_OP}: work is {work.shape}, wanted {(4, problem.slot_tiles)} for tiles of {config.block_m} slots"
+        )
+    operands = {"work": work, "x": x, "x_scale": x_scale, "w": w, "w_scale": w_scale}
     if scales == "tensor":
         operands["x_scale"] = x_scale.reshape(-1)
-    if rows is not None:
-        operands["rows"] = rows.astype(jnp.int32)
-    if row_weight is not None:
-        operands["row_weight"] = row_weight.astype(jnp.float32)
+    for name, array in per_slot.items():
+        if array is not None:
+            operands[name] = array.astype(jnp.float32 if name == "row_weight" else jnp.int32)
     return launch(problem, operands, x_scale_layout, out_dtype, interpret=interpret)
 
 
@@ -160,8 +174,7 @@ def _check_operands(
     w: jax.Array,
     w_scale: jax.Array,
     sizes: jax.Array,
-    rows: jax.Array | None,
-    row_weight: jax.Array | None,
+    per_slot: dict[str, jax.Array | None],
     row_groups: int,
     out_dtype: jax.typing.DTypeLike,
     x_scale_layout: ScaleLayout,
@@ -174,8 +187,8 @@ def _check_operands(
     one_expert = jax.ShapeDtypeStruct(w.shape[1:], w.dtype)
     matmul_tiles.check_operands(_OP, x, one_expert, None, out_dtype)  # pyright: ignore[reportArgumentType]
     (m, k), (num_experts, n, _) = x.shape, w.shape
-    slots = m if rows is None else rows.size
-    for name, array in (("rows", rows), ("row_weight", row_weight)):
+    slots = m if per_slot["rows"] is None else per_slot["rows"].size
+    for name, array in per_slot.items():
         if array is not None and array.shape != (slots,):
             raise ValueError(f"{_OP}: {name} is {array.shape}, wanted [{slots}], one a slot")
     groups = -(-k // BLOCK)
@@ -193,9 +206,9 @@ def _check_operands(
 
 
 def work_list(problem: GroupedProblem, sizes: jax.Array) -> jax.Array:
-    """What each tile has to do: int32 `[4, slot_tiles]`, rows expert, first slot, end of its slots, steps along k.
+    """What each tile has to do: int32 `[4, slot_tiles]`, rows expert, first slot, end of its slots, and whether it has an expert.
 
-    Tiles without an expert have no steps; the first of them cover the padding slots, the others nothing.
+    The first of the tiles without an expert cover the padding slots, the others nothing.
     """
     block_m, slots = problem.config.block_m, problem.slots
     tiles = tile_list(sizes, slots, block_m)
@@ -206,8 +219,7 @@ def work_list(problem: GroupedProblem, sizes: jax.Array) -> jax.Array:
     padding = jnp.sum(sizes.astype(jnp.int32)) + (index - tiles.count) * block_m
     start = jnp.where(used, start, jnp.minimum(padding, slots))
     end = jnp.where(used, end, jnp.minimum(padding + block_m, slots))
-    steps = jnp.where(used, jnp.int32(-(-problem.k // problem.config.block_k)), jnp.int32(0))
-    return jnp.stack([expert, start, end, steps])
+    return jnp.stack([expert, start, end, used.astype(jnp.int32)])
 
 
 def launch(
@@ -218,7 +230,7 @@ def launch(
     *,
     interpret: bool,
 ) -> jax.Array:
-    """Run the kernel on operands by name: work, x, x_scale, w, w_scale and, where there are any, rows and row_weight."""
+    """Run the kernel on operands by name: work, x, x_scale, w, w_scale and, where there are any, rows, row_weight, out_rows."""
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton as plgpu
 
@@ -253,8 +265,12 @@ def compute_tile(problem: GroupedProblem, refs: dict[str, Any], out_ref: Any, x_
     out = (_block_scaled if len(refs["w_scale"].shape) == 3 else _scaled)(problem, tile, refs, x_scale_layout)
     if "row_weight" in refs:
         out = out * matmul_tiles.along_rows(config, _per_slot(tile, refs["row_weight"], tile.slots))
-    rows, columns = matmul_tiles.along_rows(config, tile.slots), matmul_tiles.along_columns(config, tile.columns)
-    mask = (rows < tile.slot_end) & (columns < tile.column_end)
+    inside, rows = tile.slots < tile.slot_end, tile.slots
+    if "out_rows" in refs:
+        # Slots of no tile go nowhere: interpreted, a masked store writes the old value back, over a new one in the same place.
+        rows = plgpu.load(refs["out_rows"].at[rows], mask=inside, other=problem.slots)
+    rows, columns = matmul_tiles.along_rows(config, rows), matmul_tiles.along_columns(config, tile.columns)
+    mask = matmul_tiles.along_rows(config, inside) & (columns < tile.column_end)
     plgpu.store(out_ref.at[rows, columns], out.astype(out_ref.dtype), mask=mask)
 
 
@@ -289,9 +305,9 @@ def _tile_of_program(problem: GroupedProblem, refs: dict[str, Any]) -> _Tile:
     slot_tile = first + lax.rem(lax.rem(program, together), height)
     column_tile = lax.div(lax.rem(program, together), height)
 
-    expert, start, end, steps = (refs["work"][field, slot_tile] for field in range(4))
+    expert, start, end, has_expert = (refs["work"][field, slot_tile] for field in range(4))
     slots = start + jnp.arange(config.block_m, dtype=jnp.int32)
-    used = (slots < end) & (steps > 0)
+    used = (slots < end) & (has_expert > 0)
     rows = plgpu.load(refs["rows"].at[slots], mask=used, other=0) if "rows" in refs else slots
     tiles_of_group = problem.column_tiles // problem.row_groups
     group, column_in_group = lax.div(column_tile, tiles_of_group), lax.rem(column_tile, tiles_of_group) * config.block_n
@@ -305,7 +321,7 @@ def _tile_of_program(problem: GroupedProblem, refs: dict[str, Any]) -> _Tile:
         column_end=(group + 1) * width,
         block_row=group * -(-width // BLOCK) + lax.div(column_in_group, BLOCK),
         expert=expert,
-        steps=steps,
+        steps=has_expert * -(-problem.k // config.block_k),
     )
 
 

@@ -19,6 +19,7 @@ where there is one.
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from fp8jax.pallas_kernels.addressing import unaddressable
 from fp8jax.schemes import BLOCK
 
 Architecture = Literal["ada", "hopper", "blackwell"]
@@ -111,7 +112,7 @@ def unsupported(device_kind: str, m: int, n: int, k: int) -> str | None:
         # Triton's compiler aborts the process on older GPUs, so this must be known before tracing.
         return f"{device_kind!r} is not known to have FP8 tensor cores (Ada, Hopper, Blackwell data center)"
     for name, shape in (("x [m, k]", (m, k)), ("w [n, k]", (n, k))):
-        if 2**31 < shape[0] * shape[1] <= 2**32:
+        if unaddressable(shape[0] * shape[1]):
             return (
                 f"{name} is {list(shape)}: Pallas-Triton addresses one-byte arrays between 2 and 4 GiB with offsets that overflow; "
                 "split the array"

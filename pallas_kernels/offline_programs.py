@@ -23,6 +23,8 @@ MatmulOp = Literal["scaled_matmul", "block_scaled_matmul"]
 LINEAR_SHAPES = {
     "llama-3.1-8b": {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)},
     "llama-3.1-70b": {"qkv": (10240, 8192), "o": (8192, 8192), "gate_up": (57344, 8192), "down": (8192, 28672)},
+    "granite-3.0-1b-a400m": {"qkv": (2048, 1024), "o": (1024, 1024)},
+    "qwen3-30b-a3b": {"qkv": (5120, 2048), "o": (2048, 4096)},
 }
 
 # Experts e and top_k, and the stacks of a layer as row groups, outputs n, inputs k.

@@ -30,6 +30,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from fp8jax.pallas_kernels.addressing import unaddressable
 from fp8jax.schemes import BLOCK, E4M3_MAX, ActivationGranularity
 
 SCALE_FLOOR = 1.0 / (E4M3_MAX * 512.0)
@@ -154,7 +155,7 @@ def supported(m: int, k: int, dtype: jax.typing.DTypeLike, granularity: Activati
         return f"nothing to quantize in [m, k] = [{m}, {k}]"
     if granularity == "token" and k > MAX_ROW:
         return f"k = {k}: a program holds a whole row in registers, at most {MAX_ROW} values"
-    if 2**31 < m * k <= 2**32:
+    if unaddressable(m * k):
         return f"{m} x {k} codes: Pallas-Triton addresses 1-byte arrays of 2 to 4 GiB wrongly"
     return None
 

@@ -12,6 +12,7 @@ the stream kept in the activation dtype.
 """
 
 import functools
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +63,7 @@ def rms_norm_quantize_reference(
 @functools.partial(
     jax.jit,
     static_argnames=(
-        "granularity", "epsilon", "residual_multiplier", "dtype", "scale_layout", "config", "interpret"
+        "granularity", "epsilon", "residual_multiplier", "dtype", "scale_layout", "keep", "config", "interpret"
     ),
 )  # fmt: skip
 def rms_norm_quantize_triton(
@@ -75,18 +76,20 @@ def rms_norm_quantize_triton(
     residual_multiplier: float = 1.0,
     dtype: jax.typing.DTypeLike | None = None,
     scale_layout: ScaleLayout = "mg",
+    keep: Literal["codes", "codes and rows"] = "codes",
     config: Config | None = None,
     interpret: bool = False,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, ...]:
     """The same in one kernel.
 
     Args:
         x, weight, granularity, epsilon, residual, residual_multiplier, dtype: as in the reference; not "tensor".
         scale_layout: layout of group scales, `[m, groups]` or `[groups, m]`.
+        keep: whether the normalised rows are written beside their codes, for who reads them as they are (a router).
         config: `default_config` if None.
         interpret: run on the CPU, to check the mathematics.
     Returns:
-        stream, codes and scales as in the reference.
+        stream, codes and scales as in the reference; the normalised rows `[m, h]` behind them if they are kept.
     Raises:
         NotImplementedError: `supported` says why.
         ValueError: shapes, dtypes or config that do not belong together.
@@ -105,10 +108,10 @@ def rms_norm_quantize_triton(
         )
     config = config or default_config(m, h)
     config.check(h, "token")
-    writes_stream = residual is not None or x.ndim == 3
+    writes_stream, writes_rows = residual is not None or x.ndim == 3, keep == "codes and rows"
 
     def kernel(
-        *refs,  # x [m, h] or [splits, m, h]; weight [h]; residual [m, h] if given; stream [m, h] if new; codes; scale
+        *refs,  # x [m, h] or [splits, m, h]; weight [h]; residual [m, h] if given; stream, rows [m, h] if wanted; codes; scale
     ):
         x_ref, weight_ref, *optional, codes_ref, scale_ref = refs
         rows, cols = quantize.tile_indices(config)
@@ -117,29 +120,33 @@ def rms_norm_quantize_triton(
         weight_of_channel = plgpu.load(weight_ref.at[cols], mask=cols < h, other=0.0).astype(jnp.float32)
         stream = quantize.load_activation(x_ref, rows, cols, inside, dtype)
         if residual is not None:
-            residual_ref = optional[0]
+            residual_ref = optional.pop(0)
             if residual_multiplier != 1:
                 stream = (stream * jnp.float32(residual_multiplier)).astype(dtype).astype(jnp.float32)
             stream = plgpu.load(residual_ref.at[rows, cols], mask=inside, other=0.0).astype(jnp.float32) + stream
             stream = stream.astype(dtype).astype(jnp.float32)
         if writes_stream:
-            plgpu.store(optional[-1].at[rows, cols], stream.astype(dtype), mask=inside)
+            plgpu.store(optional.pop(0).at[rows, cols], stream.astype(dtype), mask=inside)
         # Columns outside are 0 and add nothing, so the sum is divided by h, not by the block.
         mean_square = jnp.sum(stream * stream, axis=1) * jnp.float32(1 / h)
         normalised = (stream * lax.rsqrt(mean_square + jnp.float32(epsilon))[:, None]).astype(dtype).astype(jnp.float32)
-        y = (normalised * weight_of_channel).astype(dtype).astype(jnp.float32)
+        y = (normalised * weight_of_channel).astype(dtype)
+        if writes_rows:
+            plgpu.store(optional.pop(0).at[rows, cols], y, mask=inside)
+        y = y.astype(jnp.float32)
         quantize.store_quantized(y, codes_ref, scale_ref, h, granularity, scale_layout)
 
-    stream_shape = (jax.ShapeDtypeStruct((m, h), dtype),) if writes_stream else ()
-    *stream, codes, scale = pl.pallas_call(
+    floats = (jax.ShapeDtypeStruct((m, h), dtype),) * (writes_stream + writes_rows)
+    *written, codes, scale = pl.pallas_call(
         kernel,
-        out_shape=(*stream_shape, *quantize.quantized_shapes(m, h, granularity, scale_layout)),
+        out_shape=(*floats, *quantize.quantized_shapes(m, h, granularity, scale_layout)),
         grid=(pl.cdiv(m, config.block_m), 1),
         compiler_params=plgpu.CompilerParams(num_warps=config.num_warps, num_stages=1),
         interpret=interpret,
         name=f"rms_norm_quantize_{granularity}",
     )(x, weight, *(() if residual is None else (residual,)))
-    return stream[0] if stream else x, codes, scale
+    stream = written.pop(0) if writes_stream else x
+    return stream, codes, scale, *written
 
 
 def supported(m: int, h: int, dtype: jax.typing.DTypeLike, granularity: ActivationGranularity) -> str | None:

@@ -5,7 +5,8 @@
     python scripts/inspect_kernels.py --device h100 --step decode --batch 16 --json step.json
 
 One row a kernel, with the config that would run (tuned if there is a table, else the default) on the widths of a model's
-layers. `--step` compiles a whole decode step, or the prefill of a 2048-token prompt, and lists its launches, its
+layers. The grid of an expert kernel stands beside its static bound, tiles of slots × tiles of outputs: what a launch costs
+whatever the routing is. `--step` compiles a whole decode step, or the prefill of a 2048-token prompt, and lists its launches, its
 temporary bytes, and everything it writes that is as large as the smallest weight and comes from no kernel of ours: a
 copied or converted weight shows there (among activations, which are as large in a prefill). Layers are alike, so two of
 them are enough, and kernels a layer is what the second one adds.
@@ -16,6 +17,7 @@ Needs the extra `[offline-gpu]`. Nothing is timed: there is no GPU in this.
 import dataclasses
 import functools
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +33,8 @@ from fp8jax import benchmarking
 from fp8jax.pallas_kernels import (
     block_scaled_matmul,
     decode_attention,
+    expert_routing,
+    grouped_matmul,
     quantize,
     rms_norm_quantize,
     rope_cache,
@@ -38,38 +42,50 @@ from fp8jax.pallas_kernels import (
     silu_mul_quantize,
     tuning,
 )
+from fp8jax.pallas_kernels.grouped_matmul_kernel import GroupedProblem
+from fp8jax.pallas_kernels.matmul_config import Config
 from fp8jax.pallas_kernels.offline_compile import OfflineCompileError, OfflineCompiler, Program, available
-from fp8jax.pallas_kernels.offline_programs import LINEAR_SHAPES
+from fp8jax.pallas_kernels.offline_programs import EXPERT_SHAPES, LINEAR_SHAPES
 from fp8jax.pallas_kernels.offline_report import KernelReport
 from fp8jax.pallas_kernels.offline_targets import TARGETS
 
-# Beside the linear layers: hidden size, query heads, key-value heads, head dimension, inputs of down_proj.
+# Beside the linear layers: hidden size, query heads, key-value heads, head dimension, inputs of down_proj (an expert's).
 WIDTHS = {
     "llama-3.1-8b": {"hidden": 4096, "h": 32, "kv_heads": 8, "d": 128, "inner": 14336},
     "llama-3.1-70b": {"hidden": 8192, "h": 64, "kv_heads": 8, "d": 128, "inner": 28672},
+    "granite-3.0-1b-a400m": {"hidden": 1024, "h": 16, "kv_heads": 8, "d": 64, "inner": 512},
+    "qwen3-30b-a3b": {"hidden": 2048, "h": 32, "kv_heads": 4, "d": 128, "inner": 768},
 }
 _MATMULS = {"scaled_matmul": scaled_matmul, "block_scaled_matmul": block_scaled_matmul}
 _QUANTIZERS = ("quantize", "rms_norm_quantize", "silu_mul_quantize")
-OPS = (*_MATMULS, *_QUANTIZERS, "decode_attention", "rope_cache")
+_OF_EXPERTS = ("route_experts", "grouped_scaled_matmul")
+OPS = (*_MATMULS, *_OF_EXPERTS, *_QUANTIZERS, "decode_attention", "rope_cache")
 _CACHE_LENGTH, _PROMPT = 8192, 2048
 _MOST_DECODE_ROWS = 64
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One program to compile: the shape in words, where the program is, its arguments, and the config it will use."""
+    """One program to compile: the shape in words, where the program is, its arguments, and the config it will use.
+
+    `bound` is what the kernel's grid has to be, where that is a promise: tiles of slots by tiles of outputs.
+    """
 
     op: str
     shape: str
     program: str
     arguments: dict[str, Any]
     config: Any
+    bound: tuple[int, int] | None = None
 
 
 def cases(op: str, model: str, device: str, m: int) -> Iterator[Case]:
-    """What to compile for one op, one model and m rows."""
+    """What to compile for one op, one model and m rows (tokens)."""
     widths, here = WIDTHS[model], "inspect_kernels"
-    if op in _MATMULS:
+    if op in _OF_EXPERTS:
+        if model in EXPERT_SHAPES:
+            yield from expert_cases(op, model, device, m)
+    elif op in _MATMULS:
         kind = TARGETS[device].name
         for layer, (n, k) in LINEAR_SHAPES[model].items():
             arguments: dict[str, Any] = {"op": op, "m": m, "n": n, "k": k}
@@ -82,17 +98,52 @@ def cases(op: str, model: str, device: str, m: int) -> Iterator[Case]:
             yield Case(op, f"{layer} [{m}, {k}] × [{n}, {k}]", program, arguments, config)
     elif op in _QUANTIZERS:
         for granularity in ("token", "group"):
-            width = widths["inner"] if op == "silu_mul_quantize" else widths["hidden"]
+            width, rows = widths["hidden"], m
+            if op == "silu_mul_quantize":
+                width, rows = widths["inner"], m * EXPERT_SHAPES.get(model, {"experts": (1, 1)})["experts"][1]
             whole_row = op == "rms_norm_quantize" or granularity == "token"
-            config = quantize.whole_row_config(m, width) if whole_row else quantize.default_config(m, width, "group")
-            arguments = {"op": op, "m": m, "width": width, "granularity": granularity}
-            yield Case(op, f"{granularity} [{m}, {width}]", f"{here}:quantizer", arguments, config)
+            config = (
+                quantize.whole_row_config(rows, width) if whole_row else quantize.default_config(rows, width, "group")
+            )
+            arguments = {"op": op, "m": rows, "width": width, "granularity": granularity}
+            yield Case(op, f"{granularity} [{rows}, {width}]", f"{here}:quantizer", arguments, config)
     elif m <= _MOST_DECODE_ROWS:  # of a decode step, so m is the batch
         config = rope_cache.default_config()
         if op == "decode_attention":
             config = decode_attention.default_config(m, widths["kv_heads"], _CACHE_LENGTH, widths["d"], jnp.bfloat16)
         shape = f"batch {m}, {widths['h']}/{widths['kv_heads']} heads of {widths['d']}, cache {_CACHE_LENGTH}"
         yield Case(op, shape, f"{here}:{op}_program", {"m": m, "model": model}, config)
+
+
+def expert_cases(op: str, model: str, device: str, tokens: int) -> Iterator[Case]:
+    """The same for the experts of a model."""
+    num_experts, top_k = EXPERT_SHAPES[model]["experts"]
+    kind, slots = TARGETS[device].name, tokens * top_k
+    routed = f"{tokens} tokens × {top_k} of {num_experts} experts"
+    if op == "route_experts":
+        if expert_routing.supported(tokens, num_experts, top_k, jnp.bfloat16) is None:
+            arguments: dict[str, Any] = {"tokens": tokens, "num_experts": num_experts, "top_k": top_k}
+            yield Case(op, routed, "inspect_kernels:routing_program", arguments, {})
+        return
+    for name in ("gate_up", "down"):
+        row_groups, n, k = EXPERT_SHAPES[model][name]
+        for scales in ("tensor", "block"):
+            stack = {"num_experts": num_experts, "n": n, "k": k, "row_groups": row_groups}
+            arguments = {"scales": scales, "tokens": tokens, "top_k": top_k, "gathered": name == "gate_up", **stack}
+            config = grouped_matmul.default_config(kind, slots, num_experts, n, k, row_groups=row_groups, scales=scales)
+            shape = {"slots": slots, "experts": num_experts, "n": n, "k": k, "row_groups": row_groups, "scales": scales}
+            if entry := tuning.nearest(tuning.load(kind, op), shape):
+                arguments["config"] = dict(entry.config)
+                config = Config(**entry.config)
+            problem = GroupedProblem(slots, num_experts, n, k, row_groups, config)
+            yield Case(
+                op,
+                f"{name}, {scales}, {routed} [{n}, {k}]",
+                "fp8jax.pallas_kernels.offline_programs:grouped_matmul",
+                arguments,
+                config,
+                (problem.slot_tiles, problem.column_tiles),
+            )
 
 
 bf16 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
@@ -137,6 +188,13 @@ def rope_cache_program(m: int, model: str) -> Program:
     )
 
 
+def routing_program(tokens: int, num_experts: int, top_k: int) -> Program:
+    """The list of work of an expert layer from its router's logits."""
+    rule = expert_routing.Rule(top_k, "all", "yes", "bfloat16")
+    run = functools.partial(expert_routing.route_experts_triton, rule=rule, block_m=16)
+    return Program(lambda logits: run(logits), (bf16((tokens, num_experts)),))
+
+
 def inspect_kernels(device: str, ops: list[str], models: list[str], rows: list[int]) -> list[dict[str, Any]]:
     """One row a kernel and shape."""
     found = []
@@ -145,6 +203,8 @@ def inspect_kernels(device: str, ops: list[str], models: list[str], rows: list[i
             for model in models:
                 for case in (case for m in rows for case in cases(op, model, device, m)):
                     start = {"op": case.op, "model": model, "shape": case.shape, "config": _fields(case.config)}
+                    if case.bound is not None:
+                        start["static_bound"] = case.bound
                     try:
                         report = compiler.compile(device, case.program, case.arguments)
                     except OfflineCompileError as error:
@@ -166,7 +226,9 @@ def inspect_step(
         one, two = (compiler.compile(device, program, arguments | {"layers": layers}) for layers in (1, 2))
     a_layer = Counter(map(_kind, two.launches)) - Counter(map(_kind, one.launches))
     bytes_of_code = 2 if scheme is None else 1
-    smallest = bytes_of_code * min(n * k for n, k in LINEAR_SHAPES[model].values())
+    weights = [*LINEAR_SHAPES[model].values()]
+    weights += [EXPERT_SHAPES[model][name][1:] for name in ("gate_up", "down") if model in EXPERT_SHAPES]
+    smallest = bytes_of_code * min(n * k for n, k in weights)
     return {
         "step": step,
         **arguments,
@@ -185,7 +247,17 @@ def _kind(launch: str) -> str:
 
 def _is_ours(kernel: str) -> bool:
     return kernel.startswith(
-        ("scaled_matmul", "block_scaled", "quantize_", "rms_norm", "silu_mul", "decode_attention", "rope")
+        (
+            "scaled_matmul",
+            "block_scaled",
+            "grouped",
+            "route",
+            "quantize_",
+            "rms_norm",
+            "silu_mul",
+            "decode_attention",
+            "rope",
+        )
     )
 
 
@@ -208,6 +280,7 @@ def render(rows: list[dict[str, Any]], title: str) -> Table:
         "kernel",
         "shape",
         "config",
+        "grid",
         "regs",
         "spill B",
         "smem KB",
@@ -217,14 +290,15 @@ def render(rows: list[dict[str, Any]], title: str) -> Table:
     ):
         table.add_column(heading, justify="right" if heading in ("regs", "spill B", "smem KB", "blocks/SM") else "left")
     for r in rows:
-        shape, config = r.get("shape", f"grid {r.get('grid')}"), _short(r.get("config", {}))
+        shape, config = r.get("shape", ""), _short(r.get("config", {}))
         if "error" in r:
-            table.add_row(r["op"], shape, config, "", "", "", "", r["error"].splitlines()[-1][:60], "")
+            table.add_row(r["op"], shape, config, "", "", "", "", "", r["error"].splitlines()[-1][:60], "")
             continue
         table.add_row(
             r["name"],
             shape,
             config,
+            _grid(r),
             str(r["registers"]),
             str(r["spill_bytes"]),
             f"{r['shared_bytes'] / 1024:.0f}",
@@ -233,6 +307,15 @@ def render(rows: list[dict[str, Any]], title: str) -> Table:
             ", ".join(f"{count} of {width} B" for width, count in r["copy_widths"].items()),
         )
     return table
+
+
+def _grid(row: dict[str, Any]) -> str:
+    """Programs of the launch, and what they must be where there is a static bound."""
+    programs = math.prod(row["grid"])
+    if "static_bound" not in row:
+        return str(programs)
+    tiles, columns = row["static_bound"]
+    return f"{programs} {'=' if programs == tiles * columns else '≠'} {tiles} × {columns}"
 
 
 def _short(config: dict[str, Any]) -> str:

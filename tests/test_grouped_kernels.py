@@ -171,6 +171,27 @@ def test_without_ids_slot_i_reads_row_i_and_without_weights_none_is_applied(scal
     np.testing.assert_array_equal(out, problem.run(config=SWAPPED))
 
 
+@pytest.mark.parametrize("function", [grouped_scaled_matmul_triton, grouped_scaled_matmul_reference])
+@pytest.mark.parametrize("config", [SWAPPED, PREFILL], ids=["swapped", "prefill"])
+def test_slots_go_to_the_rows_they_are_told_to(function, config):
+    problem = problem_of("block", [7, 0, 25, 1], m=20, n=96, k=160, padding=3)
+    to = np.random.default_rng(5).permutation(36).astype(np.int32)
+    problem.operands["out_rows"] = to
+    options = {"config": config} if function is grouped_scaled_matmul_triton else {}
+    scattered = problem.run(function, **options)
+    np.testing.assert_array_equal(scattered[to], problem.run(function, without=("out_rows",), **options))
+    assert not scattered[to[33:]].any()  # padding
+
+
+def test_a_list_of_tiles_may_come_ready_made():
+    problem = problem_of("tensor", [7, 0, 25, 1], m=20, n=96, k=160, padding=3)
+    grid = GroupedProblem(36, 4, 96, 160, 1, SWAPPED)
+    work = work_list(grid, jnp.asarray(problem.operands["sizes"]))
+    np.testing.assert_array_equal(problem.run(config=SWAPPED, work=work), problem.run(config=SWAPPED))
+    with pytest.raises(ValueError, match=r"work is \(4, 3\), wanted \(4, 6\) for tiles of 16 slots"):
+        problem.run(config=SWAPPED, work=work[:, :3])
+
+
 @pytest.mark.parametrize("scales", SCALES)
 def test_kernel_and_reference_agree(scales):
     problem = problem_of(scales, [7, 0, 25, 1], m=20, n=2 * 80, k=200, row_groups=2, padding=3)
@@ -241,10 +262,10 @@ def test_every_slot_is_in_exactly_one_tile_and_with_its_own_expert(slots, num_ex
         sizes = np.bincount([owner for owner in owners if owner >= 0], minlength=num_experts)
         owner = np.append(np.repeat(np.arange(num_experts), sizes), np.full(slots - sizes.sum(), -1))
         seen = []
-        for expert, start, end, steps in np.asarray(listed(jnp.asarray(sizes, jnp.int32))).T:
-            assert end - start <= block_m and steps in (0, 2)
-            assert (owner[start:end] == (expert if steps else -1)).all()
-            assert steps == 0 or end > start  # a tile that does work has slots
+        for expert, start, end, works in np.asarray(listed(jnp.asarray(sizes, jnp.int32))).T:
+            assert end - start <= block_m and works in (0, 1)
+            assert (owner[start:end] == (expert if works else -1)).all()
+            assert not works or end > start
             seen += range(start, end)
         assert seen == list(range(slots))
 
@@ -274,8 +295,8 @@ def test_the_grid_is_the_static_bound_and_some_routing_needs_all_of_it():
 def test_decode_needs_no_tile_beyond_the_experts_in_use():
     problem = problem_for_grid(8, 128, 16)
     sizes = jnp.zeros(128, jnp.int32).at[jnp.asarray([3, 99])].set(jnp.asarray([5, 3], jnp.int32))
-    expert, _, _, steps = np.asarray(work_list(problem, sizes))
-    assert expert[steps > 0].tolist() == [3, 99]
+    expert, _, _, works = np.asarray(work_list(problem, sizes))
+    assert expert[works > 0].tolist() == [3, 99]
 
 
 # --- what is refused, and what is chosen ---------------------------------------------------------------------------------
@@ -335,6 +356,7 @@ def test_without_a_gpu_the_kernel_says_so():
         ({"w_scale": np.ones((2, 2, 1), np.float32)}, r"w_scale is \(2, 2, 1\)"),
         ({"x_scale": np.ones((12, 1), np.float32)}, r"x_scale is \(12, 1\)"),
         ({"row_weight": np.ones(11, np.float32)}, r"row_weight is \(11,\), wanted \[12\]"),
+        ({"out_rows": np.zeros(13, np.int32)}, r"out_rows is \(13,\), wanted \[12\]"),
     ],
 )
 def test_operands_that_do_not_belong_together_are_named(change, message):

@@ -92,16 +92,17 @@ def test_more_choices_than_experts_are_refused():
 
 
 def test_pairs_are_sorted_by_expert_and_stay_in_order_within_one():
-    slots = sort_by_expert(jnp.asarray([[2, 0], [0, 1], [2, 0]], jnp.int32), 4)
+    weights = jnp.asarray([[0.5, 0.1], [0.2, 0.3], [0.6, 0.4]], jnp.float32)
+    slots = sort_by_expert(jnp.asarray([[2, 0], [0, 1], [2, 0]], jnp.int32), weights, 4)
     np.testing.assert_array_equal(slots.row, [0, 1, 2, 1, 0, 2])
-    np.testing.assert_array_equal(slots.choice, [1, 2, 5, 3, 0, 4])
+    np.testing.assert_array_equal(slots.out_row, [3 + 0, 1, 3 + 2, 3 + 1, 0, 2])  # choice · 3 tokens + token
+    np.testing.assert_array_equal(slots.weight, np.float32([0.1, 0.2, 0.4, 0.3, 0.5, 0.6]))
     np.testing.assert_array_equal(slots.sizes, [3, 1, 2, 0])
-    np.testing.assert_array_equal(slots.of_choice, [[4, 0], [1, 3], [5, 2]])
 
 
 def test_padding_is_sorted_behind_everything_and_belongs_to_no_expert():
     valid = jnp.asarray([True, False, True])
-    slots = sort_by_expert(jnp.asarray([[1, 0], [0, 1], [1, 0]], jnp.int32), 2, valid)
+    slots = sort_by_expert(jnp.asarray([[1, 0], [0, 1], [1, 0]], jnp.int32), jnp.ones((3, 2), jnp.float32), 2, valid)
     np.testing.assert_array_equal(slots.sizes, [2, 2])
     np.testing.assert_array_equal(slots.row, [0, 2, 0, 2, 1, 1])
 

@@ -187,6 +187,19 @@ def test_a_decoding_layer_is_ten_kernels_in_this_order(scheme):
         assert kernels_of(program.function, *program.arguments) == 3 * LAYER[scheme].split()
 
 
+# Of a layer with experts what follows o_proj; the router's own product is XLA's.
+EXPERTS = "rms_norm_quantize_{0} route_experts grouped_scaled_matmul silu_mul_quantize_{0} grouped_scaled_matmul"
+
+
+@pytest.mark.parametrize("model", ["granite-3.0-1b-a400m", "qwen3-30b-a3b"])
+@pytest.mark.parametrize("scheme, granularity", [("fp8_per_tensor", "token"), ("fp8_per_block", "group")])
+def test_a_decoding_layer_with_experts_is_eleven_kernels_in_this_order(model, scheme, granularity):
+    program = offline_models.decode_step(model, 1, scheme=scheme, layers=2)
+    layer = [*LAYER[scheme].split()[:6], *EXPERTS.format(granularity).split()]
+    with on("NVIDIA H100"):
+        assert kernels_of(program.function, *program.arguments) == 2 * layer
+
+
 def test_prefill_quantizes_and_multiplies_in_kernels_and_leaves_attention_to_xla():
     program = offline_models.prefill("llama-3.1-8b", 2, 256, layers=1)
     with on("NVIDIA H100"):
@@ -225,6 +238,8 @@ def two_decode_steps(variant: str, scheme: str | None, implementation: ops.Imple
         ("granite", "fp8_per_block"),  # multipliers
         ("qwen3", "fp8_per_tensor"),  # RMSNorm of each head
         ("mistral", "fp8_per_block"),  # a window shorter than the rows
+        ("granitemoe", "fp8_per_block"),  # experts, softmax over the chosen, multipliers
+        ("qwen3_moe", "fp8_per_tensor"),  # layers with and without experts
     ],
 )
 def test_interpreted_kernels_decode_like_xla(variant, scheme):

@@ -1,0 +1,142 @@
+"""The routing kernel in interpret mode against `route`, `sort_by_expert` and `work_list`, which tests/test_moe.py proves.
+
+Integers must be equal; so must weights, but for what exp and a division leave open in float32.
+"""
+
+import functools
+
+import hypothesis
+import hypothesis.extra.numpy as hnp
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from strict_memory import strict_memory
+
+from fp8jax.moe import MoEConfig, route, sort_by_expert
+from fp8jax.pallas_kernels import expert_routing
+from fp8jax.pallas_kernels.expert_routing import Rule, route_experts_triton
+from fp8jax.pallas_kernels.grouped_matmul_kernel import GroupedProblem, work_list
+from fp8jax.pallas_kernels.matmul_config import Config
+
+# The families: Mixtral; Qwen3-MoE and OLMoE with and without norm_topk_prob; GraniteMoE.
+FAMILIES = [
+    ("all", "yes", "float32"),
+    ("all", "yes", "activation"),
+    ("all", "no", "activation"),
+    ("chosen", "no", "activation"),
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def checked_memory():
+    with strict_memory():
+        yield
+
+
+def check(logits: jax.Array, top_k: int, block_m: int, family=FAMILIES[1], valid=None) -> None:
+    softmax_over, renormalise, weight_dtype = family
+    (t, e), name = logits.shape, logits.dtype.name if weight_dtype == "activation" else "float32"
+    config = MoEConfig(
+        num_experts=e,
+        top_k=top_k,
+        intermediate_size=8,
+        softmax_over=softmax_over,
+        renormalise=renormalise,
+        weight_dtype=weight_dtype,
+        names=(),
+    )
+    valid = None if valid is None else jnp.asarray(valid)
+    expected = sort_by_expert(*route(logits, config), e, valid)
+    rule = Rule(top_k, softmax_over, renormalise, name)
+    row, out_row, weight, sizes, work = route_experts_triton(logits, rule, block_m, valid=valid, interpret=True)
+    np.testing.assert_array_equal(row, expected.row)
+    np.testing.assert_array_equal(out_row, expected.out_row)
+    np.testing.assert_array_equal(sizes, expected.sizes)
+    # exp, a sum and two divisions; where weights are rounded, one step of the narrower dtype.
+    tolerance = max(2.0**-20, float(jnp.finfo(name).eps)) if name != "float32" else 2.0**-20
+    np.testing.assert_allclose(weight, expected.weight, rtol=tolerance)
+    problem = GroupedProblem(t * top_k, e, 64, 64, 1, Config(block_m=block_m, block_n=64, block_k=128))
+    wanted, works = np.asarray(work_list(problem, expected.sizes)), np.asarray(work)[3] == 1
+    np.testing.assert_array_equal(np.asarray(work)[1:], wanted[1:])
+    np.testing.assert_array_equal(np.asarray(work)[0][works], wanted[0][works])  # without an expert, any number will do
+
+
+def normal(seed: int, *shape: int, dtype="float32") -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: "-".join(family))
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("t, e, top_k", [(1, 32, 8), (16, 128, 8), (7, 5, 2), (33, 8, 1), (3, 6, 6)])
+def test_slots_weights_and_tiles_are_those_of_the_reference(t, e, top_k, dtype, family):
+    for block_m in (16, 32):
+        check(normal(t + e, t, e, dtype=dtype), top_k, block_m, family)
+
+
+def test_padding_tokens_come_last():
+    valid = np.random.default_rng(0).random(21) < 0.6
+    check(normal(1, 21, 12), 3, 16, valid=valid)
+    check(normal(1, 21, 12), 3, 16, valid=np.zeros(21, bool))
+
+
+def test_all_tokens_to_one_expert_are_several_tiles():
+    check(jnp.zeros((40, 9)).at[:, 4].set(3.0), 1, 16)
+
+
+@hypothesis.given(
+    hnp.arrays(np.float32, (5, 6), elements=st.sampled_from([-2.0, -1.0, -0.5, 1.0, 1.5, 3.0])),
+    st.sampled_from(FAMILIES),
+)
+@hypothesis.settings(max_examples=40, deadline=None)
+def test_of_equal_logits_the_lower_expert_is_taken(logits, family):
+    check(jnp.asarray(logits), 3, 16, family)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: "-".join(family))
+def test_whatever_the_logits_are_every_slot_is_written_once(family):
+    """NaN and infinities give nonsense for their own token, and places inside the arrays for all."""
+    logits = np.array(normal(3, 6, 7))
+    logits[0], logits[1, 2], logits[2, 3], logits[3, 4] = np.nan, np.nan, np.inf, -np.inf
+    softmax_over, renormalise, _ = family
+    rule = Rule(3, softmax_over, renormalise, "float32")
+    run = functools.partial(route_experts_triton, rule=rule, block_m=16, interpret=True)
+    row, out_row, weight, sizes, work = run(jnp.asarray(logits))
+    assert sorted(np.asarray(out_row)) == list(range(18))
+    assert np.sum(sizes) == 18 and np.min(sizes) >= 0
+    assert (np.asarray(row) == np.asarray(out_row) % 6).all()
+    first, end, works = np.asarray(work)[1:]
+    assert sum(end[works == 1] - first[works == 1]) == 18
+    clean = np.isin(row, [4, 5])
+    logits[:4] = 0
+    row_again, _, weight_again, _, _ = run(jnp.asarray(logits))
+    assert sorted(np.asarray(weight)[clean]) == sorted(np.asarray(weight_again)[np.isin(row_again, [4, 5])])
+
+
+def test_what_does_not_fit_is_refused_with_its_reason():
+    for (t, e, top_k, dtype), reason in (
+        ((65, 128, 8, "bfloat16"), "65 tokens × 128 experts"),
+        ((0, 8, 2, "bfloat16"), "at least one token"),
+        ((1, 64, 33, "bfloat16"), "top_k = 33"),
+        ((1, 64, 2, "int32"), "logits are int32"),
+    ):
+        assert reason in (expert_routing.supported(t, e, top_k, dtype) or "")
+    assert expert_routing.supported(64, 128, 8, "bfloat16") is None
+    with pytest.raises(NotImplementedError, match="65 tokens"):
+        route_experts_triton(jnp.zeros((65, 128)), Rule(8, "all", "no", "float32"), 16, interpret=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: "-".join(family))
+@pytest.mark.parametrize("t, e, top_k", [(1, 32, 8), (16, 128, 8), (64, 128, 8), (5, 8, 2)])
+def test_routing_on_a_gpu(t, e, top_k, family):
+    logits = normal(t, t, e, dtype="bfloat16")
+    softmax_over, renormalise, _ = family
+    run = functools.partial(route_experts_triton, rule=Rule(top_k, softmax_over, renormalise, "bfloat16"), block_m=16)
+    found, expected = run(logits), jax.jit(functools.partial(run, interpret=True))(logits)
+    for name, one, other in zip(("row", "out_row", "weight", "sizes", "work"), found, expected, strict=True):
+        if name == "weight":  # exp2 and division are approximate: one step of bfloat16
+            np.testing.assert_allclose(one, other, rtol=2**-7)
+        else:
+            np.testing.assert_array_equal(one, other, err_msg=name)
