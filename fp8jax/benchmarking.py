@@ -13,23 +13,27 @@ program, one behind another, and several programs are under way before the host 
 - **Warm and median.** The first run compiles and does not count; of the samples the median is reported, with the
   distance between the fastest and the slowest. A difference smaller than that is noise.
 
-Results go to a JSON file row by row, each with its date, so that a run that is cut short keeps what it has and the
-next one goes on from there.
+Ways to do the same work are `Contender`s, and how fast one is beside another is a ratio of their times, averaged over
+shapes as a geometric mean. Results go to a JSON file row by row, each with its date, so that a run that is cut short
+keeps what it has and the next one goes on from there.
 """
 
 import datetime
 import importlib.metadata
 import json
+import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 from jax import lax
 
+# A program is long beside its launch, holds so many calls at most, and so many bytes of their results.
+_PROGRAM_SECONDS, _MOST_CALLS, _OUTPUT_BYTES = 2e-3, 64, 4 * 2**30
 _MOST_SETS = 64
 _SAMPLE_SECONDS = 5e-3  # of a GPU; long beside the latency of the first launch
 _UNKNOWN_L2 = 128 * 2**20
@@ -151,6 +155,120 @@ def _seconds(run: Callable[[Any], Any], operands: Any, depth: int) -> float:
         run(operands)
     jax.block_until_ready(run(operands))  # the device works in order: the last one done, all are
     return time.perf_counter() - start
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contender:
+    """One way to do a piece of work.
+
+    Args:
+        operands: what the tensor cores multiply.
+        make: key -> operands of one call.
+        run: what is timed.
+        flops: operations of a call.
+        bytes_moved: the fewest bytes: inputs read once, the result written once.
+        config: fields of the kernel's config, to be written down.
+    """
+
+    operands: Literal["bf16", "fp8"]
+    make: Callable[[jax.Array], tuple[Any, ...]]
+    run: Callable[..., Any]
+    flops: float
+    bytes_moved: int
+    config: dict[str, Any] | None = None
+
+    def operand_sets(self, device: Limits | None) -> tuple[list[tuple[Any, ...]], Literal["cold", "warm"]]:
+        """As many sets of operands as keep a GPU's L2 cold, see `sets_needed`; one elsewhere."""
+        on_gpu = jax.default_backend() == "gpu"
+        sets, l2 = sets_needed(self.bytes_moved, device) if on_gpu else (1, "warm")
+        return [self.make(jax.random.key(i)) for i in range(sets)], l2
+
+
+def measured(c: Contender, device: Limits | None, *, samples: int) -> dict[str, Any]:
+    """What a result says about a contender: its time and what follows from it, or the error that it ended with."""
+    try:
+        operand_sets, l2 = c.operand_sets(device)
+        floor, rounds = None, 1
+        if device:
+            floor = floor_microseconds(device, flops=c.flops, bytes_moved=c.bytes_moved, operands=c.operands)
+            output_bytes = sum(
+                a.size * a.dtype.itemsize for a in jax.tree.leaves(jax.eval_shape(c.run, *operand_sets[0]))
+            )
+            calls = min(_MOST_CALLS, math.ceil(_PROGRAM_SECONDS * 1e6 / floor), _OUTPUT_BYTES // output_bytes)
+            rounds = max(1, calls // len(operand_sets))
+        timing = time_calls(c.run, operand_sets, rounds=rounds, samples=samples, l2=l2)
+    except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError) as error:
+        return {"error": f"{type(error).__name__}: {error}"[:500]}
+    seconds = timing.microseconds / 1e6
+    return {
+        **asdict(timing),
+        "tflops": c.flops / seconds / 1e12,
+        "gb_per_second": c.bytes_moved / seconds / 1e9,
+        "share_of_roofline": None if floor is None else floor / timing.microseconds,
+        "config": c.config,
+    }
+
+
+def measure(
+    cases: Iterable[tuple[dict[str, Any], Contender]],
+    results: "ResultFile",
+    deadline: "Deadline",
+    *,
+    only: Sequence[str],
+    samples: int,
+) -> None:
+    """Time what is not in `results` yet, until the deadline.
+
+    Args:
+        cases: what identifies a row, "contender" among it, and what is timed.
+        only: contenders to time; all if empty.
+    """
+    device = limits(results.header["device"])
+    for case, contender in cases:
+        if (only and case["contender"] not in only) or results.find(**case):
+            continue
+        if deadline.passed:
+            return
+        results.add(case | measured(contender, device, samples=samples))
+
+
+def ratios(
+    rows: Sequence[Mapping[str, Any]], *, same: Sequence[str], baselines: Callable[[str], Sequence[str]]
+) -> list[float | None]:
+    """Each row's speed relative to its baseline; None where one of the two has no time.
+
+    Args:
+        rows: of a `ResultFile`.
+        same: fields in which a row and its baseline agree.
+        baselines: contender -> the contenders whose fastest is its baseline.
+    """
+    timed = {(*(r[f] for f in same), r["contender"]): r["microseconds"] for r in rows if "microseconds" in r}
+
+    def ratio(row: Mapping[str, Any]) -> float | None:
+        case = tuple(row[f] for f in same)
+        times = [timed[key] for name in baselines(row["contender"]) if (key := (*case, name)) in timed]
+        return min(times) / row["microseconds"] if times and "microseconds" in row else None
+
+    return [ratio(row) for row in rows]
+
+
+def mean_ratios(
+    rows: Sequence[Mapping[str, Any]], ratios: Sequence[float | None], phases: Mapping[str, range], *, size: str
+) -> dict[str, dict[str, float]]:
+    """Geometric means of ratios by phase and contender.
+
+    Args:
+        rows, ratios: as `ratios` returned them.
+        phases: name -> what the field `size` of a row must be in.
+    """
+    means: dict[str, dict[str, float]] = {}
+    for phase, inside in phases.items():
+        logs: dict[str, list[float]] = {}
+        for row, ratio in zip(rows, ratios, strict=True):
+            if ratio is not None and row[size] in inside:
+                logs.setdefault(row["contender"], []).append(math.log(ratio))
+        means[phase] = {name: round(math.exp(statistics.fmean(of)), 3) for name, of in logs.items()}
+    return means
 
 
 class Deadline:

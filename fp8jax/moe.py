@@ -6,11 +6,13 @@
     y[slot] = down_e(silu(gate_e(x)) · up_e(x)) · weight,  e the slot's expert
     out[token] = y[slot of choice 1] + … + y[slot of choice k]       in float32, in the order of the choices
 
-Experts are two stacks, `gate_up_proj` [e, 2i, h] (gate rows first) and `down_proj` [e, h, i], each an array, a `QArray`, or the latter
-in parts.
-All shapes are static: what depends on the routing is only which slots belong to whom (`pallas_kernels/grouped_matmul.py`).
-Tokens that are padding are sorted behind everything, belong to no expert and come out as zeros. Activations are quantized
-per token or per group, so a token's result does not depend on who shares its batch.
+Experts are two stacks, `gate_up_proj` [e, 2i, h] (gate rows first) and `down_proj` [e, h, i], each an array, a `QArray`, or a
+`SplitQArray`. All shapes are static: what depends on the routing is only which slots belong to whom
+(`pallas_kernels/grouped_matmul.py`). Tokens that are padding are sorted behind everything, belong to no expert and come out as
+zeros. Activations are quantized per token or per group, so a token's result does not depend on who shares its batch.
+
+In decode on a GPU a layer's experts are five kernels and the router's product: the norm that writes rows and codes, routing
+(`pallas_kernels/expert_routing.py`), gate_up, silu·mul with quantization, down. The sum is left to the norm that follows.
 
 Families differ in the router alone, and say how in a `MoEConfig`:
 

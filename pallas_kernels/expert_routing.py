@@ -134,7 +134,7 @@ def route_experts_triton(
             i32((4, tiles)),
         ),
         grid=(1,),
-        compiler_params=plgpu.CompilerParams(num_warps=max(1, min(8, block_t * block_e // 512)), num_stages=1),
+        compiler_params=plgpu.CompilerParams(num_warps=max(1, block_t * block_e // 512), num_stages=1),
         interpret=interpret,
         name="route_experts",
     )(logits, *(() if valid is None else (valid.astype(jnp.int32),)))

@@ -1,4 +1,4 @@
-"""Programs to compile offline: one matmul of a given op and shape, for tests and for `scripts/inspect_kernels.py`."""
+"""Programs to compile offline: one kernel on a given shape, for tests and for `scripts/inspect_kernels.py`."""
 
 import functools
 from typing import Any, Literal
@@ -6,7 +6,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from fp8jax.pallas_kernels import matmul_tiles
+from fp8jax.pallas_kernels import expert_routing, matmul_tiles
 from fp8jax.pallas_kernels.block_scaled_matmul import block_scaled_matmul_triton
 from fp8jax.pallas_kernels.block_scaled_matmul import default_config as default_block_scaled_config
 from fp8jax.pallas_kernels.grouped_matmul import ExpertScales
@@ -121,3 +121,10 @@ def grouped_matmul(
         return kernel(x, x_scale, w, w_scale, sizes, **slot_arguments)
 
     return Program(program, (x, x_scale, w, w_scale, sizes, per_slot))
+
+
+def routing(tokens: int, num_experts: int, top_k: int) -> Program:
+    """From a router's bfloat16 logits to the work of an expert layer."""
+    rule = expert_routing.Rule(top_k, softmax_over="all", renormalise="yes", weight_dtype="bfloat16")
+    run = functools.partial(expert_routing.route_experts_triton, rule=rule, block_m=16)
+    return Program(lambda logits: run(logits), (jax.ShapeDtypeStruct((tokens, num_experts), jnp.bfloat16),))

@@ -7,8 +7,16 @@ date: a config without them is an opinion. `scripts/tune_kernels.py` writes the 
 
 A shape is named numbers, `{"m": 16, "n": 4096, "k": 4096}`, and words that must match exactly
 (`{"granularity": "token"}`). Distance between two shapes is counted in octaves, log2 of the ratio, and the largest of
-them counts: m = 48 is 0.6 octaves from 32 and takes its config. Up to 16 rows are one tile, so m below 16 counts
-as 16. A shape more than an octave from every entry has no tuned config: a measurement says little about it.
+them counts: m = 48 is 0.6 octaves from 32 and takes its config. A shape more than an octave from every entry has no
+tuned config: a measurement says little about it. Of entries at the same distance the one wins whose sizes, as they are,
+differ least in all. Two sizes and one number are not taken as they are:
+
+    m            Up to 16 rows are one tile, so m below 16 counts as 16.
+    slots        (rows that meet `experts`) A tile is 16 slots of one expert, and each tile reads its expert's weights, which is
+                 what costs. Spread evenly, r slots are min(experts, r) tiles until every expert has more than 16, then r / 16:
+                 the number of tiles counts. From one slot an expert to 16 nothing changes; from 8 slots to 128, 16 times as
+                 many experts are read.
+    row_groups   1 and 2 are two layouts, not near each other: they must be equal.
 """
 
 import functools
@@ -22,6 +30,7 @@ from typing import Any, Literal
 
 TUNED = Path(__file__).resolve().parent / "tuned"
 _TOKEN_TILE = 16
+_EXACT = ("row_groups",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,17 +127,26 @@ def save(device_kind: str, op: str, entries: Iterable[Entry], *, folder: Path = 
 
 
 def _octaves(tuned: Mapping[str, int | str], wanted: Mapping[str, int | str]) -> tuple[float, float] | None:
-    """The largest and the summed distance, None where the two are not comparable."""
+    """The largest distance, and the sum of those of the sizes as they are; None where the two are not comparable."""
     if tuned.keys() != wanted.keys():
         return None
     largest = total = 0.0
     for name, value in wanted.items():
         other = tuned[name]
-        if isinstance(value, str) or isinstance(other, str):
+        if isinstance(value, str) or isinstance(other, str) or name in _EXACT:
             if value != other:
                 return None
             continue
-        smallest = _TOKEN_TILE if name == "m" else 1
-        distance = abs(math.log2(max(value, smallest) / max(other, smallest)))
-        largest, total = max(largest, distance), total + distance
+        largest = max(largest, abs(math.log2(_size(name, wanted) / _size(name, tuned))))
+        total += abs(math.log2(max(value, 1) / max(other, 1)))
     return largest, total
+
+
+def _size(name: str, shape: Mapping[str, int | str]) -> float:
+    """What a size counts as; see the module's table."""
+    size = max(int(shape[name]), 1)
+    if name == "m":
+        return max(size, _TOKEN_TILE)
+    if name == "slots":
+        return max(min(int(shape["experts"]), size), size / _TOKEN_TILE)
+    return size

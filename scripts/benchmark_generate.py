@@ -32,6 +32,7 @@ from fp8jax.benchmarking import Deadline, ResultFile
 from fp8jax.generation import decode_step, prefill
 from fp8jax.layers import Linear
 from fp8jax.models import CausalLM, DecoderConfig, read_decoder_config
+from fp8jax.moe import Experts
 from fp8jax.qarray import quantize
 from fp8jax.schemes import SCHEMES, Scheme
 
@@ -45,6 +46,17 @@ MODELS: dict[str, dict[str, Any]] = offline_models.MODELS | {
         "num_hidden_layers": 2,
         "num_attention_heads": 8,
         "head_dim": 32,
+        "vocab_size": 512,
+    },
+    "tiny-moe": offline_models.MODELS["granite-3.0-1b-a400m"]
+    | {
+        "hidden_size": 256,
+        "intermediate_size": 128,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
         "vocab_size": 512,
     },
 }
@@ -61,41 +73,42 @@ def shape_of(name: str, *, layers: int | None = None) -> DecoderConfig:
 def filled(
     config: DecoderConfig,
     scheme: Scheme | None,
-    make: Callable[[jax.ShapeDtypeStruct, Scheme | None], Any],
+    make: Callable[[jax.ShapeDtypeStruct, Scheme | None, int], Any],
     *,
     implementation: ops.Implementation = "auto",
 ) -> CausalLM:
-    """A model whose weights are what `make` gives for (shape and dtype, scheme), one after the other.
+    """A model whose weights are what `make` gives for (shape and dtype, scheme, row groups), one after the other.
 
-    The scheme is None for what is never quantized: embeddings, norms, biases and lm_head.
+    The scheme is None for what is never quantized: embeddings, norms, biases, routers and lm_head.
     """
     model = CausalLM(config, implementation=implementation)
     for path, module in list(nnx.iter_modules(model)):
-        for attribute in ("weight", "bias"):
+        is_layer = isinstance(module, Experts) or (isinstance(module, Linear) and path[-1] != "lm_head")
+        for attribute, row_groups in (("weight", 1), ("bias", 1), ("gate_up_proj", 2), ("down_proj", 1)):
             spec = getattr(module, attribute, None)
             if isinstance(spec, jax.ShapeDtypeStruct):
-                is_linear = isinstance(module, Linear) and attribute == "weight" and path[-1] != "lm_head"
-                setattr(module, attribute, nnx.data(make(spec, scheme if is_linear else None)))
+                of_layer = scheme if is_layer and attribute != "bias" else None
+                setattr(module, attribute, nnx.data(make(spec, of_layer, row_groups)))
     return model
 
 
-def random_weights(seed: int = 0) -> Callable[[jax.ShapeDtypeStruct, Scheme | None], Any]:
+def random_weights(seed: int = 0) -> Callable[[jax.ShapeDtypeStruct, Scheme | None, int], Any]:
     """Weights of standard deviation 1/√k for `filled`; vectors are ones. Each is finished before the next is begun."""
     count = iter(range(1 << 30))
 
-    def make(spec: jax.ShapeDtypeStruct, scheme: Scheme | None) -> Any:
+    def make(spec: jax.ShapeDtypeStruct, scheme: Scheme | None, row_groups: int) -> Any:
         if len(spec.shape) == 1:
             return jnp.ones(spec.shape, spec.dtype)
         key = jax.random.fold_in(jax.random.key(seed), next(count))
-        return jax.block_until_ready(_matrix(key, spec.shape, spec.dtype.name, scheme))
+        return jax.block_until_ready(_matrix(key, spec.shape, spec.dtype.name, scheme, row_groups))
 
     return make
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _matrix(key: jax.Array, shape: tuple[int, ...], dtype: str, scheme: Scheme | None) -> Any:
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _matrix(key: jax.Array, shape: tuple[int, ...], dtype: str, scheme: Scheme | None, row_groups: int) -> Any:
     weight = jax.random.normal(key, shape, jnp.dtype(dtype)) * jnp.asarray(shape[-1] ** -0.5, dtype)
-    return weight if scheme is None else quantize(weight, scheme)
+    return weight if scheme is None else quantize(weight, scheme, row_groups=row_groups)
 
 
 def measure(
@@ -183,17 +196,27 @@ def _time(model: CausalLM, *, batch: int, prompt: int, steps: int) -> dict[str, 
     weight_bytes = sum(leaf.nbytes for leaf in leaves)
     cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
     embedding = 0 if model.config.tied else model.model.embed_tokens.weight.nbytes
+    read_bytes = weight_bytes - embedding - _untouched_expert_bytes(model, batch)
     memory = run_step.memory_analysis()
     return {
         "prefill_ms": 1e3 * prefill_seconds,
         "prefill_tokens_per_second": batch * prompt / prefill_seconds,
         "decode_ms": 1e3 * decode_seconds,
         "decode_tokens_per_second": batch / decode_seconds,
-        "decode_floor_ms": _floor_ms(weight_bytes - embedding + cache_bytes * (prompt + steps / 2) / length),
+        "decode_floor_ms": _floor_ms(read_bytes + cache_bytes * (prompt + steps / 2) / length),
         "weight_bytes": weight_bytes,
         "cache_bytes": cache_bytes,
         "memory_bytes": None if memory is None else weight_bytes + cache_bytes + memory.temp_size_in_bytes,
     }
+
+
+def _untouched_expert_bytes(model: CausalLM, batch: int) -> float:
+    """Bytes of experts that a step does not read, on average over routings where every expert is as likely as another."""
+    if (moe := model.config.moe) is None:
+        return 0.0
+    stacks = [module for _, module in nnx.iter_modules(model) if isinstance(module, Experts)]
+    in_stacks = sum(leaf.nbytes for stack in stacks for leaf in jax.tree.leaves(stack))
+    return in_stacks * (1 - moe.top_k / moe.num_experts) ** batch
 
 
 def _floor_ms(bytes_read: float) -> float | None:

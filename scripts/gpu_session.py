@@ -1,8 +1,8 @@
 """All that needs a GPU, in three parts of under nine minutes each, so that half an hour of GPU time does it.
 
     python scripts/gpu_session.py --part tests         # pytest -m gpu, one file after the other
-    python scripts/gpu_session.py --part tune          # tuned tables for the layers of Llama-3.1-8B
-    python scripts/gpu_session.py --part benchmark     # matrix products, then prefill and decode of Llama-3.1-8B
+    python scripts/gpu_session.py --part tune          # tuned tables: layers of Llama-3.1-8B, then experts of two models
+    python scripts/gpu_session.py --part benchmark     # matrix products, expert layers, prefill and decode of Llama-3.1-8B
     python scripts/gpu_session.py --part all --rehearse    # everything on the CPU on tiny shapes, to see that it would run
 
 Run a part again to go on where it stopped: what is done is not done twice. Everything lands under
@@ -31,6 +31,7 @@ from fp8jax.pallas_kernels import tuning
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("tests", "tune", "benchmark")
 _PART_MINUTES = 8.3  # three of them and the way between fit into 25 minutes
+_EXPERT_MODELS = "granite-3.0-1b-a400m,qwen3-30b-a3b"
 _GRACE_SECONDS = 20  # for a step to finish its row after its own limit
 _TAIL = 3000
 
@@ -68,34 +69,34 @@ def gpu_test_steps(environment: dict[str, str], *, rehearse: bool) -> Iterator[S
 
 
 def tune_steps(results: Path, *, rehearse: bool) -> Iterator[Step]:
-    """The tuned tables."""
+    """The tuned tables: linear layers in at most 60 % of the time, then experts."""
     arguments = ["scripts/tune_kernels.py", "--json", str(results / "tuning.json")]
+    dense, experts = ["--op", "scaled_matmul,block_scaled_matmul"], ["--op", "grouped_scaled_matmul"]
     if rehearse:
-        arguments += [
-            "--shapes",
-            "tiny",
-            "--m",
-            "1",
-            "--most",
-            "1",
-            "--samples",
-            "1",
-            "--tuned",
-            str(results / "tuned"),
-        ]
-    elif (plan := results / "plan.json").exists():
-        arguments += ["--plan", str(plan)]
-    yield Step("tune", arguments, _PART_MINUTES, "always")
+        arguments += ["--shapes", "tiny", "--m", "1", "--tokens", "1", "--most", "1", "--samples", "1"]
+        arguments += ["--tuned", str(results / "tuned")]
+    else:
+        experts += ["--shapes", _EXPERT_MODELS]
+        if (plan := results / "plan.json").exists():
+            arguments += ["--plan", str(plan)]
+    yield Step("tune", [*arguments, *dense], 0.6 * _PART_MINUTES, "always")
+    yield Step("tune experts", [*arguments, *experts], _PART_MINUTES, "always")
 
 
 def benchmark_steps(results: Path, *, rehearse: bool) -> Iterator[Step]:
-    """Matrix products in half of the time, whole models in the other half."""
+    """Matrix products and expert layers in 30 % of the time each, whole models in what is left."""
     matmul = ["scripts/benchmark_matmul.py", "--json", str(results / "matmul.json")]
+    experts = ["scripts/benchmark_moe.py", "--json", str(results / "moe.json")]
     generate = ["scripts/benchmark_generate.py", "--json", str(results / "generate.json")]
     if rehearse:
-        matmul += ["--shapes", "tiny", "--m", "1", "--samples", "1", "--only", "bf16,per_tensor,per_block"]
+        tiny = ["--shapes", "tiny", "--samples", "1"]
+        matmul += [*tiny, "--m", "1", "--only", "bf16,per_tensor,per_block"]
+        experts += [*tiny, "--tokens", "1", "--only", "bf16,per_block,block_per_tensor"]
         generate += ["--model", "tiny", "--batch", "1", "--prompt", "16", "--steps", "2"]
-    yield Step("matrix products", matmul, _PART_MINUTES / 2, "always")
+    else:
+        experts += ["--shapes", _EXPERT_MODELS]
+    yield Step("matrix products", matmul, 0.3 * _PART_MINUTES, "always")
+    yield Step("expert layers", experts, 0.3 * _PART_MINUTES, "always")
     yield Step("prefill and decode", generate, _PART_MINUTES, "always")
 
 

@@ -123,7 +123,7 @@ def expert_cases(op: str, model: str, device: str, tokens: int) -> Iterator[Case
     if op == "route_experts":
         if expert_routing.supported(tokens, num_experts, top_k, jnp.bfloat16) is None:
             arguments: dict[str, Any] = {"tokens": tokens, "num_experts": num_experts, "top_k": top_k}
-            yield Case(op, routed, "inspect_kernels:routing_program", arguments, {})
+            yield Case(op, routed, "fp8jax.pallas_kernels.offline_programs:routing", arguments, {})
         return
     for name in ("gate_up", "down"):
         row_groups, n, k = EXPERT_SHAPES[model][name]
@@ -186,13 +186,6 @@ def rope_cache_program(m: int, model: str) -> Program:
         (qkv, angles, angles, cache, cache, i32((m,))),
         (3, 4),
     )
-
-
-def routing_program(tokens: int, num_experts: int, top_k: int) -> Program:
-    """The list of work of an expert layer from its router's logits."""
-    rule = expert_routing.Rule(top_k, "all", "yes", "bfloat16")
-    run = functools.partial(expert_routing.route_experts_triton, rule=rule, block_m=16)
-    return Program(lambda logits: run(logits), (bf16((tokens, num_experts)),))
 
 
 def inspect_kernels(device: str, ops: list[str], models: list[str], rows: list[int]) -> list[dict[str, Any]]:

@@ -21,6 +21,7 @@ from fp8jax.benchmarking import Limits, ResultFile
 from fp8jax.models import CausalLM
 from fp8jax.pallas_kernels import offline_compile, tuning
 from fp8jax.pallas_kernels.matmul_config import Config
+from fp8jax.pallas_kernels.offline_programs import EXPERT_SHAPES
 from fp8jax.pallas_kernels.offline_targets import TARGETS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -117,7 +118,7 @@ def test_what_the_matmul_benchmark_runs_is_the_product(script):
     benchmark = script("benchmark_matmul")
     m, n, k = 3, 256, 256
     for name, contender in benchmark.contenders(m, n, k):
-        operands = contender.make(jax.random.key(0), m, n, k)
+        operands = contender.make(jax.random.key(0))
         out = contender.run(*operands)
         if name.startswith("quantize"):
             codes, scale = out
@@ -143,7 +144,7 @@ def timed(contender: str, m: int) -> offline_compile.Program:
     sys.path.insert(0, str(ROOT / "scripts"))
     benchmark = importlib.import_module("benchmark_matmul")
     chosen = dict(benchmark.contenders(m, 4096, 4096))[contender]
-    operands = jax.eval_shape(lambda: chosen.make(jax.random.key(0), m, 4096, 4096))
+    operands = jax.eval_shape(lambda: chosen.make(jax.random.key(0)))
     return offline_compile.Program(benchmarking.one_after_another(chosen.run), ([operands] * 3,))
 
 
@@ -202,9 +203,8 @@ def test_tuning_stops_when_time_is_up_and_goes_on_later(script, tmp_path, capsys
 
 def test_a_config_with_a_wrong_result_never_wins(script, tmp_path, capsys, monkeypatch):
     tune = script("tune_kernels")
-    monkeypatch.setattr(
-        tune, "_xla", lambda op, x, x_scale, w, w_scale: jnp.ones((x.shape[0], w.shape[0]), jnp.bfloat16)
-    )
+    wrong = lambda self, x, x_scale, w, w_scale: jnp.ones((x.shape[0], w.shape[0]), jnp.bfloat16)  # noqa: E731
+    monkeypatch.setattr(script("tunable_ops").DenseCase, "reference", wrong)
     tune.main(**tune_options(tmp_path, most=1))
     assert "is wrong" in capsys.readouterr().out
     assert tuning.load("cpu", "scaled_matmul", folder=tmp_path / "tuned") == ()
@@ -227,11 +227,11 @@ def test_times_of_a_cpu_do_not_get_into_the_packaged_tables(script, tmp_path):
 @pytest.mark.parametrize("m", [1, 64, 65, 4096])
 @pytest.mark.parametrize("device", ["h100", "l40"])
 def test_candidates_begin_with_the_default_and_keep_its_accuracy(script, op, m, device):
-    tune = script("tune_kernels")
     kind = TARGETS[device].name
+    module = importlib.import_module(f"fp8jax.pallas_kernels.{op}")
     for k in (4096, 14336):
-        found = tune.candidates(op, kind, m, 4096, k)
-        default = tune._MODULES[op].default_config(kind, m, 4096, k)
+        found = script("tunable_ops").DenseCase(op, m, 4096, k).candidates(kind)
+        default = module.default_config(kind, m, 4096, k)
         assert found[0] == default
         assert len(found) == len(set(found)) > 10
         for config in found:
@@ -252,9 +252,10 @@ def test_shared_memory_rules_out_tiles_before_they_are_compiled(script):
 # whole models
 
 
-def test_generate_benchmark_goes_on_from_its_file_and_compares_with_bf16(script, tmp_path, capsys):
+@pytest.mark.parametrize("model", ["tiny", "tiny-moe"])
+def test_generate_benchmark_goes_on_from_its_file_and_compares_with_bf16(model, script, tmp_path, capsys):
     benchmark = script("benchmark_generate")
-    options = {"model": "tiny", "batch": "1", "prompt": 8, "steps": 2, "layers": 1, "implementation": "auto"}
+    options = {"model": model, "batch": "1", "prompt": 8, "steps": 2, "layers": 1, "implementation": "auto"}
     options |= {"minutes": 10, "json_file": tmp_path / "g.json"}
     benchmark.main(**options, schemes="fp8_per_tensor")
     assert len(last_json(capsys)["rows"]) == 1
@@ -282,6 +283,22 @@ def test_a_filled_model_is_quantized_where_a_loaded_one_would_be(script):
     for plain in (model.lm_head, model.model.embed_tokens, model.model.norm, layer.input_layernorm):
         assert plain.weight.dtype == jnp.bfloat16
     assert bool(jnp.isfinite(jax.jit(CausalLM.__call__)(model, jnp.asarray([[1, 2, 3]]))).all())
+
+
+def test_a_step_with_experts_reads_those_it_is_routed_to(script):
+    from fp8jax.schemes import FP8_PER_BLOCK
+
+    benchmark = script("benchmark_generate")
+    model = benchmark.filled(benchmark.shape_of("tiny-moe", layers=2), FP8_PER_BLOCK, benchmark.random_weights())
+    codes, scales = (
+        4 * 3 * 128 * 256,
+        4 * (2 * 2 + 2 * 1) * 4,
+    )  # 4 experts of gate, up and down; 4-byte scales of blocks
+    # 2 of 4 experts: half of them for one token, a quarter left over for two
+    assert benchmark._untouched_expert_bytes(model, 1) == 2 * (codes + scales) / 2
+    assert benchmark._untouched_expert_bytes(model, 2) == 2 * (codes + scales) / 4
+    dense = benchmark.filled(benchmark.shape_of("tiny", layers=1), None, benchmark.random_weights())
+    assert benchmark._untouched_expert_bytes(dense, 1) == 0
 
 
 @pytest.mark.parametrize("changes, said", [({"model": "llama"}, "llama-3.1-8b"), ({"schemes": "fp9"}, "fp9")])
@@ -314,8 +331,12 @@ def test_every_op_of_every_model_has_something_to_inspect(script):
     for op in inspect.OPS:
         for model in inspect.WIDTHS:
             listed = list(inspect.cases(op, model, "b200", 16))
-            assert listed
-            assert all(case.arguments["m"] == 16 for case in listed)
+            of_experts = op in ("route_experts", "grouped_scaled_matmul")
+            assert bool(listed) == (model in EXPERT_SHAPES or not of_experts), (op, model)
+            rows = (
+                16 * EXPERT_SHAPES[model]["experts"][1] if op == "silu_mul_quantize" and model in EXPERT_SHAPES else 16
+            )
+            assert all(case.arguments["tokens" if of_experts else "m"] == rows for case in listed)
 
 
 @pytest.mark.skipif(offline_compile.available() is not None, reason=f"{offline_compile.available()}")
@@ -388,12 +409,32 @@ def test_a_part_stays_under_nine_minutes(session, part):
             assert 60 * float(arguments[arguments.index("--minutes") + 1]) < seconds
 
 
+@pytest.mark.parametrize(
+    "part, expected",
+    [
+        ("tune", [("tune_kernels", 0.6), ("tune_kernels", 1.0)]),
+        ("benchmark", [("benchmark_matmul", 0.3), ("benchmark_moe", 0.3), ("benchmark_generate", 1.0)]),
+    ],
+)
+def test_experts_get_their_share_of_a_part_behind_linear_layers(session, part, expected):
+    module, asked, _, results = session
+    module.main(part=part, results=results)
+    assert [Path(arguments[0]).stem for arguments, _ in asked] == [name for name, _ in expected]
+    for (_, seconds), (_, share) in zip(asked, expected, strict=True):
+        assert seconds == pytest.approx(share * 60 * module._PART_MINUTES, abs=5)  # nothing was run in between
+    of_experts = asked[1][0]
+    assert of_experts[of_experts.index("--shapes") + 1] == "granite-3.0-1b-a400m,qwen3-30b-a3b"
+    if part == "tune":
+        ops = [arguments[arguments.index("--op") + 1] for arguments, _ in asked]
+        assert ops == ["scaled_matmul,block_scaled_matmul", "grouped_scaled_matmul"]
+
+
 def test_a_plan_made_beforehand_is_used(session):
     module, asked, _, results = session
     (results / "nvidia_h200").mkdir(parents=True)
     (results / "nvidia_h200" / "plan.json").write_text("{}")
     module.main(part="tune", results=results)
-    assert "--plan" in asked[-1][0]
+    assert all("--plan" in arguments for arguments, _ in asked)
 
 
 def test_without_a_gpu_only_a_rehearsal_runs(session, monkeypatch):
@@ -419,5 +460,5 @@ def test_a_rehearsal_runs_every_part(tmp_path):
     assert run.returncode == 0, run.stdout + run.stderr
     found = json.loads(run.stdout.strip().splitlines()[-1])
     assert all(found[part] for part in ("tests", "tune", "benchmark"))
-    names = {"session.json", "tuning.json", "matmul.json", "generate.json", "tuned"}
+    names = {"session.json", "tuning.json", "matmul.json", "moe.json", "generate.json", "tuned"}
     assert {path.name for path in (tmp_path / "cpu").iterdir()} == names

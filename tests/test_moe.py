@@ -96,7 +96,7 @@ def test_pairs_are_sorted_by_expert_and_stay_in_order_within_one():
     slots = sort_by_expert(jnp.asarray([[2, 0], [0, 1], [2, 0]], jnp.int32), weights, 4)
     np.testing.assert_array_equal(slots.row, [0, 1, 2, 1, 0, 2])
     np.testing.assert_array_equal(slots.out_row, [3 + 0, 1, 3 + 2, 3 + 1, 0, 2])  # choice · 3 tokens + token
-    np.testing.assert_array_equal(slots.weight, np.float32([0.1, 0.2, 0.4, 0.3, 0.5, 0.6]))
+    np.testing.assert_array_equal(slots.weight, np.asarray([0.1, 0.2, 0.4, 0.3, 0.5, 0.6], np.float32))
     np.testing.assert_array_equal(slots.sizes, [3, 1, 2, 0])
 
 

@@ -1,5 +1,5 @@
-"""The grouped kernel as compiled for GPUs that are not here: FP8 tensor cores only, nothing spilled, copies 16 bytes wide and
-asynchronous although rows are gathered, a grid of the static bound, and no copy of the stack.
+"""The expert kernels as compiled for GPUs that are not here: FP8 tensor cores only, nothing spilled, copies 16 bytes wide and
+asynchronous although rows are gathered, a grid of the static bound, no copy of the stack, and routing in one kernel.
 
 Expert layers of two models at 1, 16 and 512 tokens, both schemes, with the default config of each device.
 """
@@ -101,6 +101,15 @@ def test_a_decode_step_has_a_tile_for_each_expert_that_can_be_in_use(compiler, m
 def test_ragged_and_long_shapes_keep_fp8_instructions_and_registers(compiler, device, scales, shape):
     arguments = {"scales": scales, "row_groups": 1} | shape
     assert not faults(compiler.compile(device, PROGRAM, arguments), device, arguments)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("tokens, num_experts", [(1, 32), (64, 128), (16, 512)])
+def test_routing_is_one_kernel_that_keeps_its_tiles_in_registers(compiler, device, tokens, num_experts):
+    arguments = {"tokens": tokens, "num_experts": num_experts, "top_k": 8}
+    report = compiler.compile(device, "fp8jax.pallas_kernels.offline_programs:routing", arguments)
+    assert report.launches == ("route_experts",)
+    assert not report.kernels["route_experts"].spill_bytes, report.kernels
 
 
 def test_a_tile_too_large_is_seen(compiler):

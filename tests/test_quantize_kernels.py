@@ -82,7 +82,7 @@ def test_a_scale_is_amax_by_448_to_the_last_bit_for_every_mantissa():
         some = np.ldexp(np.float32(1) + np.arange(0, 2**23, 1013, dtype=np.float32) / np.float32(2**23), exponent)
         assert np.array_equal(jax.jit(quantize.scale_of)(some), some / np.float32(448))
     extremes = quantize.scale_of(jnp.asarray([0, 1e-40, np.inf, np.nan], jnp.float32))
-    assert np.array_equal(extremes, [FLOOR, FLOOR, np.inf, np.nan], equal_nan=True)
+    assert np.array_equal(extremes, np.asarray([FLOOR, FLOOR, np.inf, np.nan], np.float32), equal_nan=True)
 
 
 def test_group_scales_in_layout_gm_are_the_transposed_ones():

@@ -1,6 +1,7 @@
 """Tuned tables: what is written is read, the nearest shape wins, and far ones do not count."""
 
 import json
+from typing import Any
 
 import pytest
 
@@ -10,7 +11,7 @@ from fp8jax.pallas_kernels.tuning import Entry, load, nearest, save, table_path
 KIND = "NVIDIA H100 80GB HBM3"
 
 
-def entry(us: float = 10.0, *, xla: float | None = None, **shape: int | str) -> Entry:
+def entry(us: float = 10.0, *, xla: float | None = None, **shape: Any) -> Entry:
     return Entry(
         shape=shape,
         config={"block_m": 16, "block_n": 64, "block_k": 128},
@@ -67,6 +68,47 @@ def test_the_nearest_entry_within_an_octave_wins(wanted, found):
     assert (None if near is None else near.shape["m"]) == found
 
 
+def grouped(slots: int, experts: int = 128, row_groups: int = 2, scales: str = "block") -> dict[str, Any]:
+    return {"slots": slots, "experts": experts, "n": 1536, "k": 2048, "row_groups": row_groups, "scales": scales}
+
+
+@pytest.mark.parametrize(
+    "wanted, found",
+    [
+        (grouped(8), 8),
+        (grouped(16), 8),  # twice the experts are read
+        (grouped(32), None),  # four times as many; and a quarter of those that 128 slots read
+        (grouped(64), 128),
+        (grouped(256), 128),  # from 128 slots to 2048 every expert has a tile of 16, and the nearer one wins
+        (grouped(1024), 2048),
+        (grouped(4096), 2048),  # 256 tiles
+        (grouped(4097), None),
+        (grouped(128, experts=64), 128),  # half the experts; an octave
+        (grouped(128, experts=32), None),
+        (grouped(128, row_groups=1), None),  # another layout
+        (grouped(128, scales="tensor"), None),
+    ],
+)
+def test_slots_are_near_where_as_many_tiles_read_weights(wanted, found):
+    near = nearest([entry(**grouped(slots)) for slots in (2048, 8, 128)], wanted)
+    assert (None if near is None else near.shape["slots"]) == found
+
+
+@pytest.mark.parametrize("empty", [{"m": 0, "n": 4096, "k": 4096}, grouped(0)])
+def test_a_batch_of_nothing_has_a_distance_too(empty):
+    shape = empty | ({"m": 1} if "m" in empty else {"slots": 1})
+    assert nearest([entry(**shape)], empty) is not None
+
+
+def test_of_entries_that_count_as_the_same_size_the_nearer_one_wins():
+    entries = [entry(m=m, n=4096, k=4096) for m in (16, 1)]
+    assert [nearest(entries, {"m": m, "n": 4096, "k": 4096}) for m in (1, 2, 12)] == [
+        entries[1],
+        entries[1],
+        entries[0],
+    ]
+
+
 def test_words_must_match_exactly():
     entries = [entry(m=16, k=4096, granularity="token"), entry(m=512, k=4096, granularity="group")]
     assert nearest(entries, {"m": 16, "k": 4096, "granularity": "group"}) is None
@@ -108,7 +150,7 @@ def test_every_packaged_table_loads_with_configs_that_its_kernel_takes():
         table = json.loads(path.read_text())
         assert path == table_path(table["device"], table["op"])
         for found in load(table["device"], table["op"]):
-            if table["op"] in ("scaled_matmul", "block_scaled_matmul"):
+            if table["op"] in ("scaled_matmul", "block_scaled_matmul", "grouped_scaled_matmul"):
                 Config(**found.config).check()
             assert found.microseconds > 0
             assert found.versions
