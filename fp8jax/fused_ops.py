@@ -18,11 +18,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fp8jax.kernel_choice import Implementation, runs_kernel
+from fp8jax.kernel_choice import Implementation, device_kind, runs_kernel
 from fp8jax.kv_cache import LayerCache
-from fp8jax.ops import PartialSums, QActivation
+from fp8jax.ops import PartialSums, QActivation, quantize_activation
 from fp8jax.pallas_kernels import decode_attention as attention_kernel
-from fp8jax.pallas_kernels import quantize, rms_norm_quantize, rope_cache, silu_mul_quantize
+from fp8jax.pallas_kernels import grouped_gate_up, quantize, rms_norm_quantize, rope_cache, silu_mul_quantize
 from fp8jax.pallas_kernels.interpret_mode import interpreting
 from fp8jax.qarray import QArray, SplitQArray
 from fp8jax.schemes import ActivationGranularity
@@ -117,6 +117,53 @@ def silu_mul_for(
             )
             return QActivation(codes, scale, granularity, _LAYOUT)
     return silu_mul(_whole(gate_up))
+
+
+def grouped_gate_up_for(
+    reader: Any,
+    x: jax.Array | QActivation,
+    w: Any,
+    sizes: jax.Array,
+    rows: jax.Array,
+    *,
+    dtype: Any,
+    implementation: Implementation = "auto",
+) -> QActivation | None:
+    """gate_up of experts and `silu_mul` in one kernel, where there is one and it pays; None elsewhere.
+
+    Args:
+        reader: the stack that the result meets.
+        x: `[m, k]`.
+        w: the stack of gate and up.
+        sizes, rows: as for `ops.grouped_scaled_matmul`.
+        dtype: of activations.
+        implementation: what runs it.
+    Returns:
+        `[r, i]`.
+    """
+    in_blocks = isinstance(w, QArray) and (w.scheme.weight, w.scheme.activation) == ("block", "group")
+    if not in_blocks or w.row_groups != 2 or _granularity(reader) != "group":
+        return None
+    (num_experts, n, k), slots, kind = w.shape, rows.shape[0], device_kind(implementation)
+    unsupported = "there are too few slots or too many"
+    if kind and grouped_gate_up.pays(slots, num_experts):
+        unsupported = grouped_gate_up.supported(kind, x.shape[0], slots, num_experts, n, k)
+    if not runs_kernel("grouped_gate_up", implementation, unsupported, otherwise="reference"):
+        return None
+    if not isinstance(x, QActivation):
+        x = quantize_activation(x, "group", scale_layout=_LAYOUT, implementation=implementation)
+    codes, scale = grouped_gate_up.grouped_gate_up_triton(
+        x.qvalue,
+        x.scale,
+        w.qvalue,
+        w.scale,
+        sizes,
+        rows,
+        dtype=dtype,
+        x_scale_layout=x.scale_layout,
+        interpret=interpreting(),
+    )
+    return QActivation(codes, scale, "group", _LAYOUT)
 
 
 def decodes_in_kernels(h: int, cache: LayerCache, dtype: Any, implementation: Implementation) -> bool:

@@ -12,7 +12,8 @@ Experts are two stacks, `gate_up_proj` [e, 2i, h] (gate rows first) and `down_pr
 zeros. Activations are quantized per token or per group, so a token's result does not depend on who shares its batch.
 
 In decode on a GPU a layer's experts are five kernels and the router's product: the norm that writes rows and codes, routing
-(`pallas_kernels/expert_routing.py`), gate_up, silu·mul with quantization, down. The sum is left to the norm that follows.
+(`pallas_kernels/expert_routing.py`), gate_up, silu·mul with quantization, down. The sum is left to the norm that follows. For
+prompts with block scales, gate_up and silu·mul are one kernel where that pays (`pallas_kernels/grouped_gate_up.py`).
 
 Families differ in the router alone, and say how in a `MoEConfig`:
 
@@ -173,8 +174,12 @@ class Experts(nnx.Module):
         t, h = x.shape
         dtype = x.dtype if isinstance(x, jax.Array) else self.dtype
         product = functools.partial(_grouped, slots=slots, implementation=implementation)
-        gate_up = product(x, self.gate_up_proj, rows=slots.row, valid=valid, out_dtype=dtype)
-        y = fused_ops.silu_mul_for(self.down_proj, gate_up, implementation=implementation)
+        y: jax.Array | QActivation | None = fused_ops.grouped_gate_up_for(
+            self.down_proj, x, self.gate_up_proj, slots.sizes, slots.row, dtype=dtype, implementation=implementation
+        )
+        if y is None:
+            gate_up = product(x, self.gate_up_proj, rows=slots.row, valid=valid, out_dtype=dtype)
+            y = fused_ops.silu_mul_for(self.down_proj, gate_up, implementation=implementation)
         in_use = jnp.arange(slots.row.size, dtype=jnp.int32) < jnp.sum(slots.sizes)
         in_parts = isinstance(y, QActivation) and slots.row.size <= _FEW_SLOTS
         out = product(

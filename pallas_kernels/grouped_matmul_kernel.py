@@ -128,12 +128,7 @@ def grouped_scaled_matmul_triton(
     config = _checked_config(m, slots, num_experts, n, k, row_groups, scales, config, interpret)
     problem = GroupedProblem(slots, num_experts, n, k, row_groups, config)
 
-    work = work_list(problem, sizes) if work is None else work
-    if work.shape != (4, problem.slot_tiles):
-        raise ValueError(
-            f"{_OP}: work is {work.shape}, wanted {(4, problem.slot_tiles)} for tiles of {config.block_m} slots"
-        )
-    operands = {"work": work, "x": x, "x_scale": x_scale, "w": w, "w_scale": w_scale}
+    operands = {"work": checked_work(problem, sizes, work), "x": x, "x_scale": x_scale, "w": w, "w_scale": w_scale}
     if scales == "tensor":
         operands["x_scale"] = x_scale.reshape(-1)
     for name, array in per_slot.items():
@@ -222,6 +217,17 @@ def work_list(problem: GroupedProblem, sizes: jax.Array) -> jax.Array:
     return jnp.stack([expert, start, end, used.astype(jnp.int32)])
 
 
+def checked_work(problem: GroupedProblem, sizes: jax.Array, work: jax.Array | None) -> jax.Array:
+    """The list that was handed in, if it is one for this problem; a new one if there is none."""
+    if work is None:
+        return work_list(problem, sizes)
+    if work.shape != (4, problem.slot_tiles):
+        raise ValueError(
+            f"{_OP}: work is {work.shape}, wanted {(4, problem.slot_tiles)} for tiles of {problem.config.block_m} slots"
+        )
+    return work
+
+
 def launch(
     problem: GroupedProblem,
     operands: dict[str, jax.Array],
@@ -261,7 +267,7 @@ def compute_tile(problem: GroupedProblem, refs: dict[str, Any], out_ref: Any, x_
     from jax.experimental.pallas import triton as plgpu
 
     config = problem.config
-    tile = _tile_of_program(problem, refs)
+    tile = tile_of_program(problem, refs)
     out = (_block_scaled if len(refs["w_scale"].shape) == 3 else _scaled)(problem, tile, refs, x_scale_layout)
     if "row_weight" in refs:
         out = out * matmul_tiles.along_rows(config, _per_slot(tile, refs["row_weight"], tile.slots))
@@ -275,7 +281,7 @@ def compute_tile(problem: GroupedProblem, refs: dict[str, Any], out_ref: Any, x_
 
 
 @dataclass(frozen=True)
-class _Tile:
+class SlotTile:
     """Where a program works.
 
     Slots `[block_m]` before slot_end, of which x is read where `used`, from these rows; columns `[block_n]` before column_end, the
@@ -293,7 +299,8 @@ class _Tile:
     steps: jax.Array
 
 
-def _tile_of_program(problem: GroupedProblem, refs: dict[str, Any]) -> _Tile:
+def tile_of_program(problem: GroupedProblem, refs: dict[str, Any]) -> SlotTile:
+    """Inside a kernel: where this program works. refs has work and, where x is gathered, rows."""
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton as plgpu
 
@@ -311,7 +318,7 @@ def _tile_of_program(problem: GroupedProblem, refs: dict[str, Any]) -> _Tile:
     rows = plgpu.load(refs["rows"].at[slots], mask=used, other=0) if "rows" in refs else slots
     tiles_of_group = problem.column_tiles // problem.row_groups
     group, column_in_group = lax.div(column_tile, tiles_of_group), lax.rem(column_tile, tiles_of_group) * config.block_n
-    return _Tile(
+    return SlotTile(
         slots=slots,
         slot_end=end,
         used=used,
@@ -325,7 +332,7 @@ def _tile_of_program(problem: GroupedProblem, refs: dict[str, Any]) -> _Tile:
     )
 
 
-def _scaled(problem: GroupedProblem, tile: _Tile, refs: dict[str, Any], x_scale_layout: ScaleLayout) -> jax.Array:
+def _scaled(problem: GroupedProblem, tile: SlotTile, refs: dict[str, Any], x_scale_layout: ScaleLayout) -> jax.Array:
     """Scales that are constant along k come once, at the end."""
     del x_scale_layout
     config = problem.config
@@ -343,7 +350,9 @@ def _scaled(problem: GroupedProblem, tile: _Tile, refs: dict[str, Any], x_scale_
     return out * matmul_tiles.along_rows(config, of_rows) * refs["w_scale"][tile.expert]
 
 
-def _block_scaled(problem: GroupedProblem, tile: _Tile, refs: dict[str, Any], x_scale_layout: ScaleLayout) -> jax.Array:
+def _block_scaled(
+    problem: GroupedProblem, tile: SlotTile, refs: dict[str, Any], x_scale_layout: ScaleLayout
+) -> jax.Array:
     """A step along k is a group; its scales are loaded one step ahead, as in `block_scaled_matmul`."""
     from jax.experimental.pallas import triton as plgpu
 
@@ -364,7 +373,7 @@ def _block_scaled(problem: GroupedProblem, tile: _Tile, refs: dict[str, Any], x_
 
 def _accumulate(
     problem: GroupedProblem,
-    tile: _Tile,
+    tile: SlotTile,
     refs: dict[str, Any],
     add: Callable[..., tuple[jax.Array, Any]],
     carried: Any = (),
@@ -378,7 +387,7 @@ def _accumulate(
     def step(i, state):
         acc, carried = state
         x = matmul_tiles.load_operand(refs["x"], tile.rows, i, problem.k, config.block_k)
-        w = _load_weight(refs["w"], tile.expert, columns, i, problem.k, config.block_k)
+        w = load_weight(refs["w"], tile.expert, columns, i, problem.k, config.block_k)
         left, right = (w, x) if config.swap_operands else (x, w)
         return add(left, right, acc, i, carried)
 
@@ -386,7 +395,7 @@ def _accumulate(
     return lax.fori_loop(jnp.int32(0), tile.steps, step, (jnp.zeros(shape, jnp.float32), carried))[0]
 
 
-def _load_weight(ref: Any, expert: jax.Array, rows: jax.Array, step: jax.Array, k: int, block_k: int) -> jax.Array:
+def load_weight(ref: Any, expert: jax.Array, rows: jax.Array, step: jax.Array, k: int, block_k: int) -> jax.Array:
     """`matmul_tiles.load_operand` for one expert of a stack; the stack itself is never sliced, which XLA would do by a copy."""
     from jax.experimental.pallas import triton as plgpu
 
@@ -398,7 +407,7 @@ def _load_weight(ref: Any, expert: jax.Array, rows: jax.Array, step: jax.Array, 
     return plgpu.load(source, mask=inside, other=0.0)
 
 
-def _per_slot(tile: _Tile, ref: Any, index: jax.Array) -> jax.Array:
+def _per_slot(tile: SlotTile, ref: Any, index: jax.Array) -> jax.Array:
     """One float a slot, 0 where the tile does not use it: padding stays zero whatever lies in its place, NaN included."""
     from jax.experimental.pallas import triton as plgpu
 

@@ -46,7 +46,7 @@ from fp8jax.pallas_kernels.grouped_matmul_kernel import GroupedProblem
 from fp8jax.pallas_kernels.matmul_config import Config
 from fp8jax.pallas_kernels.offline_compile import OfflineCompileError, OfflineCompiler, Program, available
 from fp8jax.pallas_kernels.offline_programs import EXPERT_SHAPES, LINEAR_SHAPES
-from fp8jax.pallas_kernels.offline_report import KernelReport
+from fp8jax.pallas_kernels.offline_report import CompileReport, KernelReport
 from fp8jax.pallas_kernels.offline_targets import TARGETS
 
 # Beside the linear layers: hidden size, query heads, key-value heads, head dimension, inputs of down_proj (an expert's).
@@ -229,8 +229,24 @@ def inspect_step(
         "launches_per_layer_by_kind": dict(a_layer),
         "temporary_bytes": two.bytes_by_use["temporary"],
         "large_buffers": [dataclasses.asdict(buffer) for buffer in two.buffers_of_at_least(smallest)],
-        "kernels": [_facts(kernel) for kernel in two.kernels.values() if _is_ours(kernel.name)],
+        "kernels": _step_kernels(two, device, model, batch * arguments.get("tokens", 1), scheme),
     }
+
+
+def _step_kernels(
+    report: CompileReport, device: str, model: str, tokens: int, scheme: str | None
+) -> list[dict[str, Any]]:
+    """The kernels of a step; those of the experts, which come in the order gate_up, down, with the bound of their grid."""
+    products = expert_cases("grouped_scaled_matmul", model, device, tokens) if model in EXPERT_SHAPES else ()
+    scales = "block" if scheme == "fp8_per_block" else "tensor"
+    of_experts = iter([case for case in products if case.arguments["scales"] == scales])
+    found = []
+    for kernel in report.kernels.values():
+        if _is_ours(kernel.name):
+            found.append(_facts(kernel))
+            if kernel.name.startswith("grouped") and (case := next(of_experts, None)):
+                found[-1] |= {"shape": case.shape, "config": _fields(case.config), "static_bound": case.bound}
+    return found
 
 
 def _kind(launch: str) -> str:
