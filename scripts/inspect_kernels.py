@@ -18,6 +18,7 @@ import dataclasses
 import functools
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,6 +35,7 @@ from fp8jax.pallas_kernels import (
     block_scaled_matmul,
     decode_attention,
     expert_routing,
+    grouped_gate_up,
     grouped_matmul,
     quantize,
     rms_norm_quantize,
@@ -225,7 +227,7 @@ def inspect_step(
     return {
         "step": step,
         **arguments,
-        "launches_per_layer": sum(a_layer.values()),
+        "launches_per_layer": len(two.launches) - len(one.launches),
         "launches_per_layer_by_kind": dict(a_layer),
         "temporary_bytes": two.bytes_by_use["temporary"],
         "large_buffers": [dataclasses.asdict(buffer) for buffer in two.buffers_of_at_least(smallest)],
@@ -242,16 +244,23 @@ def _step_kernels(
     of_experts = iter([case for case in products if case.arguments["scales"] == scales])
     found = []
     for kernel in report.kernels.values():
-        if _is_ours(kernel.name):
-            found.append(_facts(kernel))
-            if kernel.name.startswith("grouped") and (case := next(of_experts, None)):
-                found[-1] |= {"shape": case.shape, "config": _fields(case.config), "static_bound": case.bound}
+        if not _is_ours(kernel.name):
+            continue
+        found.append(_facts(kernel))
+        if kernel.name.startswith("grouped") and (case := next(of_experts, None)):
+            config, bound = case.config, case.bound
+            if kernel.name.startswith("grouped_gate_up"):  # one column tile for gate and up
+                config, stack = grouped_gate_up.default_config(), case.arguments
+                sizes = (tokens * stack["top_k"], stack["num_experts"], stack["n"] // 2, stack["k"])
+                problem = GroupedProblem(*sizes, row_groups=1, config=config)
+                bound = (problem.slot_tiles, problem.column_tiles)
+            found[-1] |= {"shape": case.shape, "config": _fields(config), "static_bound": bound}
     return found
 
 
 def _kind(launch: str) -> str:
-    """A launch without the number that XLA gives it: loop_add_fusion_12 is a loop_add_fusion."""
-    return launch.rstrip("0123456789").rstrip("_")
+    """A launch without the numbers that XLA gives it: loop_add_fusion_12 is a loop_add_fusion, sort_14_1 a sort."""
+    return re.sub(r"(_+\d+)+$", "", launch)
 
 
 def _is_ours(kernel: str) -> bool:
