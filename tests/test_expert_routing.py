@@ -67,12 +67,22 @@ def normal(seed: int, *shape: int, dtype="float32") -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: "-".join(family))
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("t, e, top_k", [(1, 32, 8), (16, 128, 8), (7, 5, 2), (33, 8, 1), (3, 6, 6)])
-def test_slots_weights_and_tiles_are_those_of_the_reference(t, e, top_k, dtype, family):
-    for block_m in (16, 32):
-        check(normal(t + e, t, e, dtype=dtype), top_k, block_m, family)
+@pytest.mark.parametrize(
+    "t, e, top_k, dtype, family, block_m",
+    [  # each family, shape, dtype and tile size with several of the others
+        (1, 32, 8, "bfloat16", FAMILIES[3], 16),
+        (16, 128, 8, "bfloat16", FAMILIES[1], 16),
+        (16, 128, 8, "float32", FAMILIES[3], 32),
+        (7, 5, 2, "float32", FAMILIES[0], 16),
+        (7, 5, 2, "bfloat16", FAMILIES[2], 32),
+        (33, 8, 1, "float32", FAMILIES[1], 16),
+        (33, 8, 2, "bfloat16", FAMILIES[0], 16),
+        (3, 6, 6, "bfloat16", FAMILIES[0], 32),
+        (1, 32, 8, "float32", FAMILIES[2], 32),
+    ],
+)
+def test_slots_weights_and_tiles_are_those_of_the_reference(t, e, top_k, dtype, family, block_m):
+    check(normal(t + e, t, e, dtype=dtype), top_k, block_m, family)
 
 
 def test_padding_tokens_come_last():

@@ -1,7 +1,7 @@
 """The expert kernels as compiled for GPUs that are not here: FP8 tensor cores only, nothing spilled, copies 16 bytes wide and
 asynchronous although rows are gathered, a grid of the static bound, no copy of the stack, and routing in one kernel.
 
-Expert layers of two models at 1, 16 and 512 tokens, both schemes, with the default config of each device.
+Expert layers of two models (on H100, else of one) at 1, 16 and 512 tokens, both schemes, with the default config of each device.
 """
 
 import itertools
@@ -70,7 +70,10 @@ def faults(report, device: str, arguments: dict) -> list[str]:
 @pytest.mark.parametrize("device", DEVICES)
 def test_expert_layers_compile_to_fp8_tensor_cores_without_spills_or_copies(compiler, device, scales):
     problems = {}
-    for model, name, tokens in itertools.product(EXPERT_SHAPES, ("gate_up", "down"), TOKENS):
+    models = (
+        EXPERT_SHAPES if device == "h100" else ["qwen3-30b-a3b"]
+    )  # the other one has the same tiles in other numbers
+    for model, name, tokens in itertools.product(models, ("gate_up", "down"), TOKENS):
         arguments = arguments_of(model, name, scales, tokens)
         if found := faults(compiler.compile(device, PROGRAM, arguments), device, arguments):
             problems[model, name, tokens] = found

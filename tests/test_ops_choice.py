@@ -235,11 +235,9 @@ def two_decode_steps(variant: str, scheme: str | None, implementation: ops.Imple
         ("llama31", "fp8_per_block"),
         ("llama31", None),
         ("llama_bias_headdim", "fp8_per_tensor"),  # biases, heads of another width
-        ("granite", "fp8_per_block"),  # multipliers
-        ("qwen3", "fp8_per_tensor"),  # RMSNorm of each head
         ("mistral", "fp8_per_block"),  # a window shorter than the rows
         ("granitemoe", "fp8_per_block"),  # experts, softmax over the chosen, multipliers
-        ("qwen3_moe", "fp8_per_tensor"),  # layers with and without experts
+        ("qwen3_moe", "fp8_per_tensor"),  # RMSNorm of each head; layers with and without experts
     ],
 )
 def test_interpreted_kernels_decode_like_xla(variant, scheme):
