@@ -91,7 +91,7 @@ def add_rms_norm(
 def silu_mul(gate_up: jax.Array) -> jax.Array:
     """silu(gate) · up in float32, for gate and up side by side in the last dimension."""
     gate, up = jnp.split(gate_up.astype(jnp.float32), 2, axis=-1)
-    return (gate * jax.nn.sigmoid(gate) * up).astype(gate_up.dtype)
+    return silu_mul_quantize.silu_mul(gate, up).astype(gate_up.dtype)
 
 
 def silu_mul_for(
@@ -126,6 +126,8 @@ def grouped_gate_up_for(
     sizes: jax.Array,
     rows: jax.Array,
     *,
+    work: jax.Array | None,
+    block_m_of_work: int,
     dtype: Any,
     implementation: Implementation = "auto",
 ) -> QActivation | None:
@@ -135,7 +137,7 @@ def grouped_gate_up_for(
         reader: the stack that the result meets.
         x: `[m, k]`.
         w: the stack of gate and up.
-        sizes, rows: as for `ops.grouped_scaled_matmul`.
+        sizes, rows, work, block_m_of_work: as for `ops.grouped_scaled_matmul`.
         dtype: of activations.
         implementation: what runs it.
     Returns:
@@ -152,6 +154,10 @@ def grouped_gate_up_for(
         return None
     if not isinstance(x, QActivation):
         x = quantize_activation(x, "group", scale_layout=_LAYOUT, implementation=implementation)
+    if x.granularity != "group":
+        raise ValueError(
+            f"grouped_gate_up: x was quantized per {x.granularity}, but scheme {w.scheme.name!r} wants group"
+        )
     codes, scale = grouped_gate_up.grouped_gate_up_triton(
         x.qvalue,
         x.scale,
@@ -161,6 +167,7 @@ def grouped_gate_up_for(
         rows,
         dtype=dtype,
         x_scale_layout=x.scale_layout,
+        work=work if block_m_of_work == grouped_gate_up.default_config().block_m else None,
         interpret=interpreting(),
     )
     return QActivation(codes, scale, "group", _LAYOUT)

@@ -12,8 +12,8 @@ Experts are two stacks, `gate_up_proj` [e, 2i, h] (gate rows first) and `down_pr
 zeros. Activations are quantized per token or per group, so a token's result does not depend on who shares its batch.
 
 In decode on a GPU a layer's experts are five kernels and the router's product: the norm that writes rows and codes, routing
-(`pallas_kernels/expert_routing.py`), gate_up, silu·mul with quantization, down. The sum is left to the norm that follows. For
-prompts with block scales, gate_up and silu·mul are one kernel where that pays (`pallas_kernels/grouped_gate_up.py`).
+(`pallas_kernels/expert_routing.py`), gate_up, silu·mul with quantization, down. The sum is left to the norm that follows. Where
+an expert gets 64 to 255 slots, gate_up and silu·mul are one kernel with block scales (`pallas_kernels/grouped_gate_up.py`).
 
 Families differ in the router alone, and say how in a `MoEConfig`:
 
@@ -40,6 +40,7 @@ from fp8jax.layers import Step
 from fp8jax.ops import PartialSums, QActivation
 from fp8jax.pallas_kernels import expert_routing
 from fp8jax.pallas_kernels.interpret_mode import interpreting
+from fp8jax.pallas_kernels.quantize import rounded
 from fp8jax.qarray import QArray, SplitQArray
 
 # So few that writing what each expert gives in float32 costs next to nothing.
@@ -173,9 +174,19 @@ class Experts(nnx.Module):
         reads the result, who reads it anyway."""
         t, h = x.shape
         dtype = x.dtype if isinstance(x, jax.Array) else self.dtype
-        product = functools.partial(_grouped, slots=slots, implementation=implementation)
+        # Of out_dtype alone this could not be said: in decode, parts are float32 in every model.
+        sums = "precise" if dtype == jnp.float32 else "fast"
+        product = functools.partial(_grouped, slots=slots, sums=sums, implementation=implementation)
         y: jax.Array | QActivation | None = fused_ops.grouped_gate_up_for(
-            self.down_proj, x, self.gate_up_proj, slots.sizes, slots.row, dtype=dtype, implementation=implementation
+            self.down_proj,
+            x,
+            self.gate_up_proj,
+            slots.sizes,
+            slots.row,
+            work=slots.work,
+            block_m_of_work=slots.block_m,
+            dtype=dtype,
+            implementation=implementation,
         )
         if y is None:
             gate_up = product(x, self.gate_up_proj, rows=slots.row, valid=valid, out_dtype=dtype)
@@ -262,7 +273,7 @@ def route(logits: jax.Array, config: MoEConfig) -> tuple[jax.Array, jax.Array]:
     Returns:
         experts int32 `[t, k]`, the strongest first, of equals the lower index; weights float32 `[t, k]`.
     """
-    wide = _rounded(logits.astype(jnp.float32), logits.dtype)
+    wide = rounded(logits.astype(jnp.float32), logits.dtype)
     if config.softmax_over == "chosen":
         strongest, experts = lax.top_k(wide, config.top_k)
         weights = jax.nn.softmax(strongest, axis=-1)
@@ -271,7 +282,7 @@ def route(logits: jax.Array, config: MoEConfig) -> tuple[jax.Array, jax.Array]:
     if config.renormalise == "yes":
         weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
     if config.weight_dtype == "activation":
-        weights = _rounded(weights, logits.dtype)
+        weights = rounded(weights, logits.dtype)
     return experts, weights
 
 
@@ -303,6 +314,7 @@ def _grouped(
     out_rows: jax.Array | None = None,
     valid: jax.Array | None = None,
     out_dtype: jnp.dtype,
+    sums: Literal["fast", "precise"],
     implementation: ops.Implementation,
 ) -> jax.Array:
     per_slot = {"rows": rows, "row_weight": row_weight, "out_rows": out_rows}
@@ -317,12 +329,7 @@ def _grouped(
         work=slots.work,
         block_m_of_work=slots.block_m,
         out_dtype=out_dtype,
+        sums=sums,
         valid=valid,
         implementation=implementation,
     )
-
-
-def _rounded(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
-    # A cast to bfloat16 and back is something that XLA may leave out.
-    info = jnp.finfo(dtype)
-    return lax.reduce_precision(x, exponent_bits=info.nexp, mantissa_bits=info.nmant)

@@ -15,7 +15,7 @@ dtype: x @ (q · s).T with x as it is.
 
 import functools
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,7 @@ from fp8jax.pallas_kernels import grouped_matmul as grouped_kernel
 from fp8jax.pallas_kernels import matmul_config, matmul_tiles, quantize
 from fp8jax.pallas_kernels import scaled_matmul as scaled_kernel
 from fp8jax.pallas_kernels.grouped_matmul import grouped_matmul_reference, grouped_scaled_matmul_reference
+from fp8jax.pallas_kernels.grouped_matmul_kernel import grouped_scaled_matmul_triton
 from fp8jax.pallas_kernels.interpret_mode import interpreting
 from fp8jax.pallas_kernels.quantize import ScaleLayout
 from fp8jax.qarray import QArray, SplitQArray, dequantize
@@ -251,6 +252,7 @@ def grouped_scaled_matmul(
     out_rows: jax.Array | None = None,
     work: jax.Array | None = None,
     block_m_of_work: int = 0,
+    sums: Literal["fast", "precise"] = "fast",
     out_dtype: jax.typing.DTypeLike | None = None,
     valid: jax.Array | None = None,
     implementation: Implementation = "auto",
@@ -265,6 +267,7 @@ def grouped_scaled_matmul(
         row_weight: float32 `[r]`, multiplies a slot's result before it is rounded.
         out_rows: int32 `[r]`, a permutation: the row of the result that a slot becomes; None where slot i becomes row i.
         work, block_m_of_work: the kernel's list of tiles of so many slots, from who has it already.
+        sums: "precise" for what float32 activations deserve: partial sums promoted every 128 inputs whatever k is.
         out_dtype: dtype of the result; that of a float x by default, bfloat16 for a quantized one.
         valid: bool `[m]`, rows of x that count for per-tensor activations.
         implementation: what runs it.
@@ -276,7 +279,11 @@ def grouped_scaled_matmul(
     """
     if out_dtype is None:
         out_dtype = jnp.dtype(jnp.bfloat16 if isinstance(x, QActivation) else x.dtype)
+    per_slot = {"rows": rows, "row_weight": row_weight, "out_rows": out_rows}
+    _check_groups("grouped_scaled_matmul", x.shape, w.shape, sizes, per_slot)
     if not isinstance(x, QActivation):
+        if kernel_choice.weight_only(implementation):
+            return _weight_only_grouped_matmul(x, w, sizes, per_slot, out_dtype)
         x = quantize_activation(x, w.scheme.activation, valid=valid, implementation=implementation)
     if x.granularity != w.scheme.activation:
         raise ValueError(
@@ -284,29 +291,24 @@ def grouped_scaled_matmul(
         )
     if w.scheme.weight == "channel":
         raise ValueError(f"grouped_scaled_matmul: stacks of experts have no scales per channel, got {w.scheme}")
-    _check_groups("grouped_scaled_matmul", x.qvalue.shape, w.shape, sizes)
     if isinstance(w, SplitQArray):
         of_part = functools.partial(
             grouped_scaled_matmul,
-            rows=rows,
-            row_weight=row_weight,
-            out_rows=out_rows,
+            **per_slot,
             work=work,
             block_m_of_work=block_m_of_work,
+            sums=sums,
             out_dtype=out_dtype,
             implementation=implementation,
         )
         return jnp.concatenate([of_part(x, part, sizes) for part in w.parts], axis=1)
-    per_slot = {"rows": rows, "row_weight": row_weight, "out_rows": out_rows}
     slots = x.shape[0] if rows is None else rows.shape[0]
-    config = _grouped_kernel_config(w, x.shape[0], slots, implementation)
+    config = _grouped_kernel_config(w, x.shape[0], slots, implementation, sums=sums)
     if config is None:
         options = {"row_groups": w.row_groups, "out_dtype": out_dtype}
         return grouped_scaled_matmul_reference(
             x.qvalue, x.scale_by_row(), w.qvalue, w.scale, sizes, **per_slot, **options
         )
-    from fp8jax.pallas_kernels.grouped_matmul_kernel import grouped_scaled_matmul_triton
-
     return grouped_scaled_matmul_triton(
         x.qvalue,
         x.scale,
@@ -333,7 +335,12 @@ def grouped_block_m(
 
 
 def _grouped_kernel_config(
-    w: QArray, m: int, slots: int, implementation: Implementation
+    w: QArray,
+    m: int,
+    slots: int,
+    implementation: Implementation,
+    *,
+    sums: Literal["fast", "precise"] = "fast",
 ) -> matmul_config.Config | None:
     """As `_kernel_config`, for a stack of experts."""
     (e, n, k), op = w.shape, "grouped_scaled_matmul"
@@ -344,8 +351,8 @@ def _grouped_kernel_config(
     scales: grouped_kernel.ExpertScales = "block" if w.scheme.weight == "block" else "tensor"
     shape: dict[str, int | str] = {"slots": slots, "experts": e, "n": n, "k": k, "row_groups": w.row_groups}
     measured = kernel_choice.tuned(op, implementation, **shape, scales=scales)
-    if measured is None:
-        return grouped_kernel.default_config(kind, slots, e, n, k, row_groups=w.row_groups, scales=scales)
+    if measured is None or (sums == "precise" and scales == "tensor"):
+        return grouped_kernel.default_config(kind, slots, e, n, k, row_groups=w.row_groups, scales=scales, sums=sums)
     if implementation == "auto" and measured.implementation == "xla":
         return None
     return matmul_config.Config(**measured.config)
@@ -369,8 +376,28 @@ def grouped_matmul(
     Returns:
         `[r, n]` in the dtype of x.
     """
-    _check_groups("grouped_matmul", x.shape, w.shape, sizes)
-    return grouped_matmul_reference(x, w, sizes, rows=rows, row_weight=row_weight, out_rows=out_rows)
+    per_slot: dict[str, Any] = {"rows": rows, "row_weight": row_weight, "out_rows": out_rows}
+    _check_groups("grouped_matmul", x.shape, w.shape, sizes, per_slot)
+    return grouped_matmul_reference(x, w, sizes, **per_slot)
+
+
+def _weight_only_grouped_matmul(
+    x: jax.Array,
+    w: QArray | SplitQArray,
+    sizes: jax.Array,
+    per_slot: dict[str, Any],
+    out_dtype: jax.typing.DTypeLike,
+) -> jax.Array:
+    if isinstance(w, SplitQArray):
+        outputs = [_weight_only_grouped_matmul(x, part, sizes, per_slot, out_dtype) for part in w.parts]
+        return jnp.concatenate(outputs, axis=1)
+
+    def product(expert: jax.Array, tile_rows: jax.Array) -> jax.Array:
+        codes, scale = grouped_kernel.pick_codes(w.qvalue, expert), grouped_kernel.pick(w.scale, expert)
+        one = QArray(codes, scale, w.scheme, w.row_groups)
+        return _weight_only_matmul(x[tile_rows], one, None, jnp.float32)
+
+    return grouped_kernel.over_tiles(product, x.shape[0], w.qvalue, sizes, **per_slot, out_dtype=out_dtype)
 
 
 def precision_of(dtype: jax.typing.DTypeLike) -> lax.Precision:
@@ -378,8 +405,19 @@ def precision_of(dtype: jax.typing.DTypeLike) -> lax.Precision:
     return lax.Precision.HIGHEST if dtype == jnp.float32 else lax.Precision.DEFAULT
 
 
-def _check_groups(name: str, x: tuple[int, ...], w: tuple[int, ...], sizes: jax.Array) -> None:
+def _check_groups(
+    name: str,
+    x: tuple[int, ...],
+    w: tuple[int, ...],
+    sizes: jax.Array,
+    per_slot: dict[str, jax.Array | None],
+) -> None:
     if len(w) != 3 or len(x) != 2 or x[1] != w[2] or sizes.shape != w[:1]:
         raise ValueError(
             f"{name}: x [m, k] is {x}, w [e, n, k] is {w} and sizes [e] is {sizes.shape}; e and k must be the same"
         )
+    rows = per_slot["rows"]
+    slots = x[0] if rows is None else rows.size
+    for of_slot, array in per_slot.items():
+        if array is not None and array.shape != (slots,):
+            raise ValueError(f"{name}: {of_slot} is {array.shape}, wanted [{slots}], one a slot")

@@ -113,7 +113,8 @@ class SplitQArray:
 def rows_of_parts(shape: tuple[int, ...], *, row_groups: int = 1) -> tuple[int, ...]:
     """Into how many rows each a stack `[e, n, k]` has to be cut, `(n,)` where it can stay whole.
 
-    Parts end where a row group ends, or else at whole blocks of 128 rows, so that cutting changes no scale.
+    Parts end where a row group ends, or else at whole blocks of 128 rows, so that cutting changes no scale. A stack of fewer
+    than 256 rows and as large as that (16 million inputs and experts) is left as it is; its kernel refuses it.
     """
     e, n, k = shape
     if not unaddressable(e * n * k):

@@ -1,4 +1,4 @@
-"""From router logits to the work of the grouped kernels, in one kernel: for decode, where XLA takes some twenty small ones.
+"""From router logits to the work of the grouped kernels, in one kernel: for small batches, where XLA takes some twenty small ones.
 
     logits [t, e]  ->  top_k experts and weights of each token
                    ->  slots: the t · k pairs (token, choice) sorted by expert, padding tokens last
@@ -23,11 +23,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fp8jax.pallas_kernels.grouped_matmul_kernel import tiles_needed
+from fp8jax.pallas_kernels.grouped_matmul import tiles_needed
 from fp8jax.pallas_kernels.quantize import ACTIVATION_DTYPES, power_of_two
 
 MAX_TILE = 8192  # values of [t, e] rounded up to powers of two; some five such tiles are in registers at once
-MAX_TOP_K = 32  # the choices are unrolled
+MAX_TOP_K = 12  # the choices are unrolled; with 16 of them the largest tile spills registers
 _LOWEST = -(2**31)
 
 

@@ -1,4 +1,4 @@
-"""gate_up of experts, silu·mul and quantization for down in one kernel: for prompts, with 1×128 activation scales.
+"""gate_up of experts, silu·mul and quantization for down in one kernel: for long batches, with 1×128 activation scales.
 
     gate, up = round( x[rows[slot]] @ w[expert of slot].T )        y = round( silu(gate) · up )        codes, scale = quantize(y)
 
@@ -7,7 +7,7 @@ and all that silu·mul needs. Between the two products r · 2i floats are then n
 loaded once for both halves. Roundings are those of the three single kernels, so results are the same but for the order in
 which tensor cores add.
 
-In decode it does not pay: it would halve the number of programs, which are few, and read no weight less. Nor can it be had
+With few slots an expert it does not pay: it would halve the number of programs, which are few, and read no weight less. Nor can it be had
 with one scale a token, whose maximum lies across all programs. Tiles, work list and slots as in `grouped_matmul_kernel.py`.
 No GPU has timed it.
 """
@@ -29,6 +29,7 @@ from fp8jax.pallas_kernels.grouped_matmul_kernel import (
 )
 from fp8jax.pallas_kernels.matmul_config import Config
 from fp8jax.pallas_kernels.quantize import ScaleLayout
+from fp8jax.pallas_kernels.silu_mul_quantize import silu_mul
 from fp8jax.schemes import BLOCK
 
 _OP = "grouped_gate_up"
@@ -124,7 +125,7 @@ def grouped_gate_up_triton(
         zeros = jnp.zeros((config.block_m, BLOCK), jnp.float32)
         (gate, up), _ = lax.fori_loop(jnp.int32(0), tile.steps, step, ((zeros, zeros), scales(jnp.int32(0))))
         gate, up = (half.astype(dtype).astype(jnp.float32) for half in (gate, up))
-        y = (gate * jax.nn.sigmoid(gate) * up).astype(dtype).astype(jnp.float32)
+        y = silu_mul(gate, up).astype(dtype).astype(jnp.float32)
         # Slots that are not this tile's hold products of row 0 that nobody stores.
         scale = quantize.scale_of(jnp.max(jnp.abs(y), axis=1))
         inside = tile.slots < tile.slot_end
@@ -142,7 +143,7 @@ def grouped_gate_up_triton(
         compiler_params=plgpu.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
         interpret=interpret,
         name=_OP,
-    )(checked_work(problem, sizes, work), rows.astype(jnp.int32), x, x_scale, w, w_scale)
+    )(checked_work(_OP, problem, sizes, work), rows.astype(jnp.int32), x, x_scale, w, w_scale)
 
 
 def supported(device_kind: str, m: int, slots: int, num_experts: int, n: int, k: int) -> str | None:

@@ -6,8 +6,9 @@ Rows are sorted by expert into *slots*: the first sizes[0] slots are expert 0's,
 
 The number of slots r is static (tokens × top_k), the sizes are not. Slots beyond their sum belong to no one (padding) and
 give zeros. Work is cut into *tiles* of `block_m` slots of one expert. An expert with s slots has ⌈s / block_m⌉ tiles, so
-there are never more than ⌈r / block_m⌉ + min(e, r): that is the grid of a kernel, of which `Tiles.count` do something. An
-expert without slots has no tile, hence a decode step reads the weights of the experts that were routed to and no others.
+there are never more than min(e, r) + ⌈(r − min(e, r)) / block_m⌉: so many, times the tiles of outputs, is the grid of a kernel,
+of which `Tiles.count` do something. An expert without slots has no tile, hence a decode step reads the weights of the experts
+that were routed to and no others.
 
 Quantized stacks have one scale an expert `[e]`, or blocks `[e, row_groups · ⌈n/row_groups/128⌉, ⌈k/128⌉]` laid out in each
 row group for itself (see `qarray`); the products of a tile are those of `scaled_matmul` and `block_scaled_matmul`.
@@ -38,7 +39,7 @@ ExpertScales = Literal["tensor", "block"]
 class Tiles(NamedTuple):
     """The work list: tile j is slots start[j] … end[j] − 1, all of expert[j]; tiles from `count` on are empty.
 
-    expert, start, end are int32 `[tile_bound]`, count is int32 `[]`. Tiles are in the order of their slots.
+    expert, start, end are int32 `[tiles_needed]`, count is int32 `[]`. Tiles are in the order of their slots.
     """
 
     expert: jax.Array
@@ -47,9 +48,10 @@ class Tiles(NamedTuple):
     count: jax.Array
 
 
-def tile_bound(slots: int, num_experts: int, block_m: int) -> int:
-    """The most tiles that any routing of this many slots can have."""
-    return -(-slots // block_m) + min(num_experts, slots)
+def tiles_needed(slots: int, num_experts: int, block_m: int) -> int:
+    """The most tiles that any routing of this many slots can have, tiles for its padding slots included."""
+    in_use = min(num_experts, slots)
+    return in_use + -(-(slots - in_use) // block_m)
 
 
 def tile_list(sizes: jax.Array, slots: int, block_m: int) -> Tiles:
@@ -65,7 +67,7 @@ def tile_list(sizes: jax.Array, slots: int, block_m: int) -> Tiles:
     ends = jnp.cumsum(sizes, dtype=jnp.int32)
     tiles = (sizes + (block_m - 1)) // block_m
     last = jnp.cumsum(tiles, dtype=jnp.int32)  # the tiles of this expert and of all before it
-    index = jnp.arange(tile_bound(slots, num_experts, block_m), dtype=jnp.int32)
+    index = jnp.arange(tiles_needed(slots, num_experts, block_m), dtype=jnp.int32)
     expert = jnp.sum((last[None, :] <= index[:, None]).astype(jnp.int32), axis=1, dtype=jnp.int32)
     used = expert < num_experts
     expert = jnp.minimum(expert, num_experts - 1)
@@ -108,7 +110,7 @@ def grouped_scaled_matmul_reference(
     """
 
     def product(expert: jax.Array, tile_rows: jax.Array) -> jax.Array:
-        codes, weight, scale = x[tile_rows], _pick_codes(w, expert), _pick(w_scale, expert)
+        codes, weight, scale = x[tile_rows], pick_codes(w, expert), pick(w_scale, expert)
         tile_scale = x_scale if x_scale.shape == (1,) else x_scale[tile_rows]
         if w_scale.ndim == 1:
             return scaled_matmul_reference(codes, tile_scale, weight, scale.reshape(1), out_dtype=jnp.float32)
@@ -119,7 +121,7 @@ def grouped_scaled_matmul_reference(
         ]
         return jnp.concatenate(outputs, axis=1)
 
-    return _over_tiles(product, x.shape[0], w, sizes, rows, row_weight, out_rows, out_dtype, block_m)
+    return over_tiles(product, x.shape[0], w, sizes, rows, row_weight, out_rows, out_dtype, block_m)
 
 
 def grouped_matmul_reference(
@@ -146,10 +148,10 @@ def grouped_matmul_reference(
     def product(expert: jax.Array, tile_rows: jax.Array) -> jax.Array:
         contract_last = (((1,), (1,)), ((), ()))
         return lax.dot_general(
-            x[tile_rows], _pick(w, expert), contract_last, precision=precision, preferred_element_type=jnp.float32
+            x[tile_rows], pick(w, expert), contract_last, precision=precision, preferred_element_type=jnp.float32
         )
 
-    return _over_tiles(product, x.shape[0], w, sizes, rows, row_weight, out_rows, x.dtype, block_m)
+    return over_tiles(product, x.shape[0], w, sizes, rows, row_weight, out_rows, x.dtype, block_m)
 
 
 def supported(device_kind: str, m: int, num_experts: int, n: int, k: int) -> str | None:
@@ -171,7 +173,15 @@ def supported(device_kind: str, m: int, num_experts: int, n: int, k: int) -> str
 
 
 def default_config(
-    device_kind: str, slots: int, num_experts: int, n: int, k: int, *, row_groups: int = 1, scales: ExpertScales
+    device_kind: str,
+    slots: int,
+    num_experts: int,
+    n: int,
+    k: int,
+    *,
+    row_groups: int = 1,
+    scales: ExpertScales,
+    sums: Literal["fast", "precise"] = "fast",
 ) -> Config:
     """Tiles by what an expert gets if the slots spread evenly, since the sizes are not known when the kernel is compiled.
 
@@ -181,6 +191,7 @@ def default_config(
         num_experts, n, k: the stack `[e, n, k]`.
         row_groups: equal groups of outputs.
         scales: "tensor" or "block", what w_scale is.
+        sums: "precise" promotes partial sums every 128 inputs whatever k is; block scales always do.
     Raises:
         ValueError: an unknown device.
     """
@@ -200,7 +211,7 @@ def default_config(
         config = Config(block_m=128, block_n=128, block_k=BLOCK, num_warps=8, num_stages=3)
     if n // row_groups % 128 and n // row_groups < 1024:
         config = replace(config, block_n=64)  # of a narrow group, 128 would compute too much that is not there
-    if scales == "tensor" and k >= matmul_config.PROMOTE_FROM_K:
+    if scales == "tensor" and (sums == "precise" or k >= matmul_config.PROMOTE_FROM_K):
         promotions: dict[str, Promotion] = {"hopper": "tensor_core", "ada": "separate", "blackwell": "none"}
         config = replace(config, promotion=promotions[arch])
     return config
@@ -212,11 +223,11 @@ def default_block_m(slots: int, num_experts: int) -> int:
     return min(128, max(8, 1 << (share - 1).bit_length()))
 
 
-def _pick(stack: jax.Array, expert: jax.Array) -> jax.Array:
+def pick(stack: jax.Array, expert: jax.Array) -> jax.Array:
     return lax.dynamic_index_in_dim(stack, expert, axis=0, keepdims=False)
 
 
-def _pick_codes(stack: jax.Array, expert: jax.Array) -> jax.Array:
+def pick_codes(stack: jax.Array, expert: jax.Array) -> jax.Array:
     """One expert's FP8 codes, without a look at the others'.
 
     Where a device has no FP8, XLA moves it about as float16. It would turn the whole stack to float16 in order to take one
@@ -224,11 +235,11 @@ def _pick_codes(stack: jax.Array, expert: jax.Array) -> jax.Array:
     it melts into the slice). On a CPU this is a factor of ten in a decode step, and twice the stack in memory.
     """
     stack, expert = lax.optimization_barrier((stack, expert))
-    codes = _pick(lax.bitcast_convert_type(stack, jnp.uint8), expert)
+    codes = pick(lax.bitcast_convert_type(stack, jnp.uint8), expert)
     return lax.bitcast_convert_type(codes, jnp.float8_e4m3fn)
 
 
-def _over_tiles(
+def over_tiles(
     product: Callable[[jax.Array, jax.Array], jax.Array],
     m: int,
     w: jax.Array,
@@ -237,9 +248,16 @@ def _over_tiles(
     row_weight: jax.Array | None,
     out_rows: jax.Array | None,
     out_dtype: jax.typing.DTypeLike,
-    block_m: int | None,
+    block_m: int | None = None,
 ) -> jax.Array:
-    """Run `product(expert, rows of x [block_m])`, float32 `[block_m, n]`, over the used tiles."""
+    """A loop over the used tiles of any product of rows with one expert; what both references are made of.
+
+    Args:
+        product: (expert, rows of x `[block_m]`) -> float32 `[block_m, n]`.
+        m: rows of x.
+        w: the stack, for its shape.
+        sizes, rows, row_weight, out_rows, out_dtype, block_m: as in `grouped_scaled_matmul_reference`.
+    """
     rows = jnp.arange(m, dtype=jnp.int32) if rows is None else rows
     slots, (num_experts, n, _) = rows.shape[0], w.shape
     block_m = block_m or default_block_m(slots, num_experts)

@@ -36,7 +36,7 @@ from jax import lax
 
 from fp8jax.pallas_kernels import matmul_tiles
 from fp8jax.pallas_kernels.fp8_dot import fp8_dot
-from fp8jax.pallas_kernels.grouped_matmul import ExpertScales, default_config, supported, tile_list
+from fp8jax.pallas_kernels.grouped_matmul import ExpertScales, default_config, supported, tile_list, tiles_needed
 from fp8jax.pallas_kernels.matmul_config import Config
 from fp8jax.pallas_kernels.quantize import ScaleLayout
 from fp8jax.pallas_kernels.scaled_matmul import PROMOTE_EVERY
@@ -76,12 +76,6 @@ class GroupedProblem:
     def programs(self) -> int:
         """Programs of the launch."""
         return self.slot_tiles * self.column_tiles
-
-
-def tiles_needed(slots: int, num_experts: int, block_m: int) -> int:
-    """The slot tiles of a launch."""
-    in_use = min(num_experts, slots)
-    return in_use + -(-(slots - in_use) // block_m)
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC)
@@ -128,7 +122,7 @@ def grouped_scaled_matmul_triton(
     config = _checked_config(m, slots, num_experts, n, k, row_groups, scales, config, interpret)
     problem = GroupedProblem(slots, num_experts, n, k, row_groups, config)
 
-    operands = {"work": checked_work(problem, sizes, work), "x": x, "x_scale": x_scale, "w": w, "w_scale": w_scale}
+    operands = {"work": checked_work(_OP, problem, sizes, work), "x": x, "x_scale": x_scale, "w": w, "w_scale": w_scale}
     if scales == "tensor":
         operands["x_scale"] = x_scale.reshape(-1)
     for name, array in per_slot.items():
@@ -208,8 +202,7 @@ def work_list(problem: GroupedProblem, sizes: jax.Array) -> jax.Array:
     block_m, slots = problem.config.block_m, problem.slots
     tiles = tile_list(sizes, slots, block_m)
     index = jnp.arange(problem.slot_tiles, dtype=jnp.int32)
-    # tile_list's own bound is looser: what is cut off here is never in use.
-    expert, start, end = (field[: problem.slot_tiles] for field in tiles[:3])
+    expert, start, end = tiles[:3]
     used = index < tiles.count
     padding = jnp.sum(sizes.astype(jnp.int32)) + (index - tiles.count) * block_m
     start = jnp.where(used, start, jnp.minimum(padding, slots))
@@ -217,13 +210,13 @@ def work_list(problem: GroupedProblem, sizes: jax.Array) -> jax.Array:
     return jnp.stack([expert, start, end, used.astype(jnp.int32)])
 
 
-def checked_work(problem: GroupedProblem, sizes: jax.Array, work: jax.Array | None) -> jax.Array:
+def checked_work(op: str, problem: GroupedProblem, sizes: jax.Array, work: jax.Array | None) -> jax.Array:
     """The list that was handed in, if it is one for this problem; a new one if there is none."""
     if work is None:
         return work_list(problem, sizes)
     if work.shape != (4, problem.slot_tiles):
         raise ValueError(
-            f"{_OP}: work is {work.shape}, wanted {(4, problem.slot_tiles)} for tiles of {problem.config.block_m} slots"
+            f"{op}: work is {work.shape}, wanted {(4, problem.slot_tiles)} for tiles of {problem.config.block_m} slots"
         )
     return work
 

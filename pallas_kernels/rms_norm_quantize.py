@@ -5,7 +5,8 @@
     codes, scale = quantize(y)
 
 A layer normalises what it adds to, and quantizes what it normalises: three reads and two writes of the row become one
-read of each input and one write of each output, and y itself never reaches memory. A program owns whole rows, since
+read of each input and one write of each output, and y itself does not reach memory, unless
+something else wants it (`keep`). A program owns whole rows, since
 both the mean square and a token's scale need all of one. x may also be the float32 partial sums `[splits, m, h]` of a
 split-K product, which saves the kernel that would add them up. Source of the formula: transformers' `LlamaRMSNorm`,
 the stream kept in the activation dtype.

@@ -34,7 +34,7 @@ def silu_mul_quantize_reference(
     """
     gate_up = quantize.activation_of(gate_up, dtype)
     gate, up = jnp.split(gate_up.astype(jnp.float32), 2, axis=-1)
-    y = quantize.rounded(_silu_mul(gate, up), gate_up.dtype)
+    y = quantize.rounded(silu_mul(gate, up), gate_up.dtype)
     return quantize.quantize_activation_reference(y, granularity)
 
 
@@ -83,7 +83,7 @@ def silu_mul_quantize_triton(
         inside = (rows < m) & (cols < i)
         gate = quantize.load_activation(gate_up_ref, rows, cols, inside, dtype)
         up = quantize.load_activation(gate_up_ref, rows, cols + i, inside, dtype)
-        y = _silu_mul(gate, up).astype(dtype).astype(jnp.float32)
+        y = silu_mul(gate, up).astype(dtype).astype(jnp.float32)
         quantize.store_quantized(y, codes_ref, scale_ref, i, granularity, scale_layout)
 
     return pl.pallas_call(
@@ -106,5 +106,6 @@ def default_config(m: int, i: int, granularity: ActivationGranularity) -> Config
     return quantize.default_config(m, i, granularity)
 
 
-def _silu_mul(gate: jax.Array, up: jax.Array) -> jax.Array:
+def silu_mul(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """In float32; works in kernels too."""
     return gate * jax.nn.sigmoid(gate) * up

@@ -11,7 +11,7 @@ from flax import nnx
 import fp8jax
 from fp8jax import ops
 from fp8jax.moe import Experts, MoEConfig, route, sort_by_expert
-from fp8jax.pallas_kernels.grouped_matmul import tile_bound, tile_list
+from fp8jax.pallas_kernels.grouped_matmul import tile_list, tiles_needed
 from fp8jax.schemes import FP8_PER_TENSOR_WHOLE_BATCH
 
 SCHEMES = ("fp8_per_tensor", "fp8_per_block")
@@ -121,7 +121,7 @@ SIZES = [
 def test_tiles_cover_every_slot_once_and_no_empty_expert(sizes, block_m):
     slots = sum(sizes) + 3  # three of padding
     tiles = tile_list(jnp.asarray(sizes, jnp.int32), slots, block_m)
-    assert tiles.expert.shape == (tile_bound(slots, len(sizes), block_m),)
+    assert tiles.expert.shape == (tiles_needed(slots, len(sizes), block_m),)
     expected, start = [], 0
     for expert, size in enumerate(sizes):
         for begin in range(start, start + size, block_m):

@@ -7,6 +7,7 @@ H100 stands in for one; nothing is compiled for it here (tests/test_offline_deco
 import functools
 import logging
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from fp8jax.ops import QActivation
 from fp8jax.pallas_kernels import tuning
 from fp8jax.pallas_kernels.interpret_mode import interpreted_kernels
 from fp8jax.pallas_kernels.matmul_config import Config
+from fp8jax.qarray import split_rows
 
 rng = np.random.default_rng(20)
 X = jnp.asarray(rng.standard_normal((17, 160)), jnp.bfloat16)
@@ -156,6 +158,51 @@ def test_a_measured_config_beats_the_rule_where_the_shape_is_near(tuned):
     assert chosen("NVIDIA H100", 17) == measured
     assert chosen("NVIDIA H100", 17 * 64) != measured
     assert chosen("NVIDIA L40", 17) != measured
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_experts_on_an_ampere_gpu_keep_activations_as_they_are_too(monkeypatch, scheme, split):
+    ampere = SimpleNamespace(platform="gpu", device_kind="NVIDIA A10", compute_capability="8.6")
+    w = fp8jax.quantize(jnp.asarray(rng.standard_normal((3, 2 * 96, 160)), jnp.bfloat16), scheme, row_groups=2)
+    sizes, rows = jnp.asarray([5, 0, 9], jnp.int32), jnp.asarray(rng.integers(0, 17, 16), jnp.int32)
+    exact = np.zeros((16, 192))
+    for slot, expert in enumerate([0] * 5 + [2] * 9):
+        exact[slot] = np.asarray(fp8jax.dequantize(w), np.float64)[expert] @ np.asarray(X, np.float64)[rows[slot]]
+    stack = split_rows(w, (96, 96)) if split else w
+    quantized = ops.grouped_scaled_matmul(X, stack, sizes, rows=rows)
+    monkeypatch.setattr(kernel_choice, "current_device", lambda: ampere)
+    out = ops.grouped_scaled_matmul(X, stack, sizes, rows=rows)
+    assert relative_error(out, exact) < 2**-8 < relative_error(quantized, exact)  # as above
+
+
+@pytest.mark.parametrize("name", ["row_weight", "out_rows"])
+def test_an_array_that_is_not_one_a_slot_is_refused(name):
+    w = fp8jax.quantize(jnp.ones((3, 96, 160)), "fp8_per_block")
+    sizes, wrong = jnp.asarray([5, 0, 9], jnp.int32), jnp.zeros(4, jnp.float32 if name == "row_weight" else jnp.int32)
+    per_slot: dict[str, Any] = {name: wrong}
+    with pytest.raises(ValueError, match=rf"grouped_scaled_matmul: {name} is \(4,\), wanted \[17\]"):
+        ops.grouped_scaled_matmul(X, w, sizes, **per_slot)
+    with pytest.raises(ValueError, match=rf"grouped_matmul: {name} is \(4,\), wanted \[17\]"):
+        ops.grouped_matmul(X, jnp.ones((3, 96, 160), jnp.bfloat16), sizes, **per_slot)
+
+
+def test_float32_experts_come_from_promoted_sums():
+    with on("NVIDIA H100"):
+        for dtype, promoted in (("float32", "tensor_core"), ("bfloat16", "none")):
+            program = offline_models.decode_step("granite-3.0-1b-a400m", 1, layers=1)
+            experts = program.arguments[0].model.layers[0].mlp.experts
+            x, weights = jax.ShapeDtypeStruct((2, 1024), dtype), jax.ShapeDtypeStruct((2, 2), jnp.float32)
+            seen = []
+
+            def noted(*arguments, seen=seen, **options):
+                seen.append(options["config"].promotion)
+                return jnp.zeros((4, arguments[2].shape[1]), options["out_dtype"])
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(ops, "grouped_scaled_matmul_triton", noted)
+                jax.eval_shape(experts, x, jax.ShapeDtypeStruct((2, 2), jnp.int32), weights)
+            assert seen == [promoted, promoted]
 
 
 def test_float32_results_come_from_promoted_sums():

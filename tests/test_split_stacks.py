@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden_checkpoints import GOLDENS, SCHEMES, golden, relative_error
+from golden_checkpoints import GOLDENS, golden, relative_error
 
 import fp8jax
 from fp8jax import ops, qarray
@@ -87,15 +87,18 @@ def test_a_checkpoint_loads_in_parts_and_gives_the_same(variant, scheme, request
     assert relative_error(split.logits(tokens), expected) < 1e-5
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_parts_run_in_kernels(scheme):
+@pytest.mark.parametrize(
+    "scheme, row_groups, rows",
+    [("fp8_per_tensor", 2, (96, 96)), ("fp8_per_block", 2, (96, 96)), ("fp8_per_block", 1, (128, 64))],
+)
+def test_parts_run_in_kernels(scheme, row_groups, rows):
     rng = np.random.default_rng(1)
-    stack = jnp.asarray(rng.normal(size=(3, 2 * 96, 160)), jnp.float32)
-    whole = fp8jax.quantize(stack, scheme, row_groups=2)
+    stack = jnp.asarray(rng.normal(size=(3, 192, 160)), jnp.float32)
+    whole = fp8jax.quantize(stack, scheme, row_groups=row_groups)
     sizes, x = jnp.asarray([5, 0, 9], jnp.int32), jnp.asarray(rng.normal(size=(16, 160)), jnp.float32)
     options = {"out_rows": jnp.asarray(rng.permutation(16), jnp.int32), "implementation": "triton"}
     with interpreted_kernels():
-        one, other = (ops.grouped_scaled_matmul(x, w, sizes, **options) for w in (whole, split_rows(whole, (96, 96))))
+        one, other = (ops.grouped_scaled_matmul(x, w, sizes, **options) for w in (whole, split_rows(whole, rows)))
     np.testing.assert_array_equal(one, other)
 
 
