@@ -5,10 +5,14 @@
 - Hub clients are offline: a test that would reach for the network fails instead of passing on a good day.
 - JAX's persistent compilation cache stays off: a test must not depend on what an earlier run compiled.
 - Tests marked `gpu` are skipped, with the reason, where JAX sees no GPU.
+
+Fixtures that several files use: `compiler` (for GPUs that are not here; skips where that cannot be) and `script`.
 """
 
+import importlib
 import os
 import re
+from pathlib import Path
 
 import pytest
 
@@ -35,3 +39,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         reason = f"needs an NVIDIA GPU, JAX runs on {jax.default_backend()} (on a GPU machine: pytest -m gpu)"
         for item in gpu_items:
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="module")
+def compiler():
+    from fp8jax.pallas_kernels.offline_compile import OfflineCompiler, available
+
+    if reason := available():
+        pytest.skip(reason)
+    with OfflineCompiler() as compiler:
+        yield compiler
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """Imports a script by name, as Python finds it when one script imports another."""
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parent.parent / "scripts"))
+    return importlib.import_module

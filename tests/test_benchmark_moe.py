@@ -23,13 +23,6 @@ SCALE = 1 / 80  # of every quantized operand of the benchmarks
 
 
 @pytest.fixture
-def script(monkeypatch):
-    """Imports a script by name, as Python finds it when one script imports another."""
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    return importlib.import_module
-
-
-@pytest.fixture
 def benchmark(script):
     return script("benchmark_moe")
 

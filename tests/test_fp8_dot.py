@@ -17,7 +17,6 @@ import pytest
 
 from fp8jax.pallas_kernels import fp8_dot as module
 from fp8jax.pallas_kernels.fp8_dot import fp8_dot
-from fp8jax.pallas_kernels.offline_compile import OfflineCompiler, available
 
 
 def operands(m: int, n: int, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -118,14 +117,6 @@ def dot_program(promote_every: int | None, stock: bool):
     call = pl.pallas_call(kernel, out_shape=jax.ShapeDtypeStruct((64, 64), jnp.float32), name="dot")
     operand = jax.ShapeDtypeStruct((64, 512), jnp.float8_e4m3fn)
     return Program(call, (operand, operand))
-
-
-@pytest.fixture(scope="module")
-def compiler():
-    if reason := available():
-        pytest.skip(reason)
-    with OfflineCompiler() as compiler:
-        yield compiler
 
 
 @pytest.mark.parametrize("device, kind", [("h100", "wgmma.e4m3"), ("l40", "mma.e4m3"), ("b200", "tcgen05.f8")])

@@ -115,14 +115,6 @@ def test_what_is_missing_is_said(monkeypatch):
         pass
 
 
-@pytest.fixture(scope="module")
-def compiler():
-    if reason := available():
-        pytest.skip(reason)
-    with OfflineCompiler() as compiler:
-        yield compiler
-
-
 def scan_over_stacked_weights(layers: int) -> Program:
     """Layers in one array: XLA copies each weight out of it before a kernel may read it."""
     from jax.experimental import pallas as pl

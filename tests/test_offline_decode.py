@@ -10,7 +10,7 @@ import pytest
 from golden_checkpoints import SCHEMES
 
 from fp8jax.offline_models import MODELS
-from fp8jax.pallas_kernels.offline_compile import OfflineCompiler, available
+from fp8jax.pallas_kernels.offline_compile import OfflineCompiler
 from fp8jax.pallas_kernels.offline_programs import EXPERT_SHAPES, LINEAR_SHAPES
 from fp8jax.pallas_kernels.offline_report import CompileReport
 
@@ -18,14 +18,6 @@ LAYERS, LENGTH = 2, 8192
 NUMBERS = MODELS["llama-3.1-8b"]
 SMALLEST_WEIGHT = NUMBERS["hidden_size"] ** 2  # o_proj's codes
 SIDE_OF_CACHE = NUMBERS["num_key_value_heads"] * LENGTH * NUMBERS["head_dim"] * 2  # a row's keys in one layer, bfloat16
-
-
-@pytest.fixture(scope="module")
-def compiler():
-    if reason := available():
-        pytest.skip(reason)
-    with OfflineCompiler() as compiler:
-        yield compiler
 
 
 def decode_step(compiler: OfflineCompiler, **arguments) -> CompileReport:

@@ -10,7 +10,6 @@ import pytest
 
 from fp8jax.pallas_kernels import grouped_matmul
 from fp8jax.pallas_kernels.grouped_matmul_kernel import GroupedProblem
-from fp8jax.pallas_kernels.offline_compile import OfflineCompiler, available
 from fp8jax.pallas_kernels.offline_programs import EXPERT_SHAPES
 from fp8jax.pallas_kernels.offline_targets import TARGETS
 
@@ -18,14 +17,6 @@ KERNEL = "grouped_scaled_matmul"
 PROGRAM = "fp8jax.pallas_kernels.offline_programs:grouped_matmul"
 DEVICES = ("h100", "b200", "l40")
 TOKENS = (1, 16, 512)
-
-
-@pytest.fixture(scope="module")
-def compiler():
-    if reason := available():
-        pytest.skip(reason)
-    with OfflineCompiler() as compiler:
-        yield compiler
 
 
 def arguments_of(model: str, name: str, scales: str, tokens: int) -> dict:

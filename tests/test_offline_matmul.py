@@ -12,21 +12,12 @@ import pytest
 
 from fp8jax.pallas_kernels import block_scaled_matmul, scaled_matmul
 from fp8jax.pallas_kernels.matmul_config import Config
-from fp8jax.pallas_kernels.offline_compile import OfflineCompiler, available
 from fp8jax.pallas_kernels.offline_programs import LINEAR_SHAPES
 from fp8jax.pallas_kernels.offline_targets import TARGETS
 
 OPS = {"scaled_matmul": scaled_matmul, "block_scaled_matmul": block_scaled_matmul}
 ROWS = (1, 4, 16, 64, 256, 4096)
 PROGRAM = "fp8jax.pallas_kernels.offline_programs:matmul"
-
-
-@pytest.fixture(scope="module")
-def compiler():
-    if reason := available():
-        pytest.skip(reason)
-    with OfflineCompiler() as compiler:
-        yield compiler
 
 
 def distinct_kernels(device: str, op: str) -> list[dict]:

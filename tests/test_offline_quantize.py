@@ -11,7 +11,7 @@ import pytest
 
 from fp8jax.pallas_kernels.block_scaled_matmul import block_scaled_matmul_partials
 from fp8jax.pallas_kernels.decode_attention import decode_attention_quantize_triton, decode_attention_triton
-from fp8jax.pallas_kernels.offline_compile import OfflineCompiler, Program, available
+from fp8jax.pallas_kernels.offline_compile import Program
 from fp8jax.pallas_kernels.offline_targets import TARGETS
 from fp8jax.pallas_kernels.quantize import quantize_activation_triton
 from fp8jax.pallas_kernels.rms_norm_quantize import rms_norm_quantize_triton
@@ -28,14 +28,6 @@ bf16 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
 f32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
 i32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
 e4m3 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float8_e4m3fn)
-
-
-@pytest.fixture(scope="module")
-def compiler():
-    if reason := available():
-        pytest.skip(reason)
-    with OfflineCompiler() as compiler:
-        yield compiler
 
 
 def quantizers(m: int, model: dict, granularity: str, splits: int) -> Program:
