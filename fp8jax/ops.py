@@ -26,7 +26,7 @@ from fp8jax.kernel_choice import IMPLEMENTATIONS as IMPLEMENTATIONS
 from fp8jax.kernel_choice import Implementation as Implementation
 from fp8jax.pallas_kernels import block_scaled_matmul as block_kernel
 from fp8jax.pallas_kernels import grouped_matmul as grouped_kernel
-from fp8jax.pallas_kernels import matmul_config, matmul_tiles, quantize
+from fp8jax.pallas_kernels import matmul_config, matmul_tiles, quantize, widened_dot
 from fp8jax.pallas_kernels import scaled_matmul as scaled_kernel
 from fp8jax.pallas_kernels.grouped_matmul import grouped_matmul_reference, grouped_scaled_matmul_reference
 from fp8jax.pallas_kernels.grouped_matmul_kernel import grouped_scaled_matmul_triton
@@ -234,12 +234,15 @@ def matmul(x: jax.Array, w: jax.Array, *, bias: jax.Array | None = None) -> jax.
     Returns:
         `[..., n]` in the dtype of x.
     """
-    out = lax.dot_general(
-        x, w, (((x.ndim - 1,), (1,)), ((), ())), precision=precision_of(x.dtype), preferred_element_type=jnp.float32
-    )
+    out = product(x, w)
     if bias is not None:
         out = out + bias.astype(jnp.float32)
     return out.astype(x.dtype)
+
+
+def product(x: jax.Array, w: jax.Array) -> jax.Array:
+    """x @ w.T in float32, for x `[..., k]` and w `[n, k]` of one dtype."""
+    return widened_dot.dot(x, w) if x.dtype == jnp.float32 else widened_dot.narrow_dot(x, w)
 
 
 def grouped_scaled_matmul(

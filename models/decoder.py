@@ -200,13 +200,7 @@ class CausalLM(nnx.Module):
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Logits of hidden states `[..., hidden]`: float32 `[..., vocab]`."""
         weight = self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
-        logits = jax.lax.dot_general(
-            hidden,
-            weight,
-            (((hidden.ndim - 1,), (1,)), ((), ())),
-            precision=ops.precision_of(hidden.dtype),
-            preferred_element_type=jnp.float32,
-        )
+        logits = ops.product(hidden, weight)
         return logits / jnp.float32(self.config.logits_divisor) if self.config.logits_divisor != 1 else logits
 
     def empty_cache(self, batch: int, length: int) -> KVCache:

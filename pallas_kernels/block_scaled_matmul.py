@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fp8jax.pallas_kernels import matmul_config, matmul_tiles
+from fp8jax.pallas_kernels import matmul_config, matmul_tiles, widened_dot
 from fp8jax.pallas_kernels.fp8_dot import fp8_dot
 from fp8jax.pallas_kernels.matmul_config import Config
 from fp8jax.pallas_kernels.quantize import ScaleLayout
@@ -49,15 +49,17 @@ def block_scaled_matmul_reference(
     Returns:
         `[m, n]`.
     """
-    n, k = w.shape
-    x_scale = jnp.repeat(x_scale, BLOCK, axis=1)[:, :k]
-    w_scale = jnp.repeat(jnp.repeat(w_scale, BLOCK, axis=0)[:n], BLOCK, axis=1)[:, :k]
-    out = lax.dot_general(
-        x.astype(jnp.float32) * x_scale,
-        w.astype(jnp.float32) * w_scale,
-        (((1,), (1,)), ((), ())),
-        precision=lax.Precision.HIGHEST,
-        preferred_element_type=jnp.float32,
+    k = w.shape[1]
+    wide = x.astype(jnp.float32) * jnp.repeat(x_scale, BLOCK, axis=1)[:, :k]
+
+    def scaled_rows(rows: jax.Array, numbers: jax.Array) -> jax.Array:
+        return rows.astype(jnp.float32) * jnp.repeat(w_scale[numbers // BLOCK], BLOCK, axis=1)[:, :k]
+
+    out = lax.platform_dependent(
+        wide,
+        w,
+        cpu=lambda x, w: widened_dot.widened_dot(x, w, scaled_rows),
+        default=lambda x, w: widened_dot.dot(x, scaled_rows(w, jnp.arange(w.shape[0], dtype=jnp.int32))),
     )
     if bias is not None:
         out = out + bias.astype(jnp.float32)

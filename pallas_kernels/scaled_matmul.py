@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fp8jax.pallas_kernels import matmul_config, matmul_tiles
+from fp8jax.pallas_kernels import matmul_config, matmul_tiles, widened_dot
 from fp8jax.pallas_kernels.fp8_dot import fp8_dot
 from fp8jax.pallas_kernels.matmul_config import Config
 
@@ -174,18 +174,9 @@ def _add_step(config: Config, left, right, acc, step, carried):
 def _product_of_codes(x: jax.Array, w: jax.Array) -> jax.Array:
     # e4m3 values and their products are exact in bfloat16 operands with a float32 accumulator, so a GPU need not spend
     # float32 on them; CPUs are faster in float32.
-    def product(dtype, x, w):
-        return lax.dot_general(
-            x.astype(dtype),
-            w.astype(dtype),
-            (((1,), (1,)), ((), ())),
-            precision=lax.Precision.HIGHEST,
-            preferred_element_type=jnp.float32,
-        )
-
     return lax.platform_dependent(
         x,
         w,
-        cuda=lambda x, w: product(jnp.bfloat16, x, w),
-        default=lambda x, w: product(jnp.float32, x, w),
+        cuda=lambda x, w: widened_dot.dot(x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)),
+        default=lambda x, w: widened_dot.widened_dot(x.astype(jnp.float32), w),
     )
