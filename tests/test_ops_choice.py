@@ -17,7 +17,7 @@ from golden_checkpoints import GOLDENS, SCHEMES, golden, load, relative_error
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 import fp8jax
-from fp8jax import kernel_choice, offline_models, ops
+from fp8jax import fused_ops, kernel_choice, moe, offline_models, ops
 from fp8jax.ops import QActivation
 from fp8jax.pallas_kernels import tuning
 from fp8jax.pallas_kernels.interpret_mode import interpreted_kernels
@@ -269,10 +269,28 @@ def two_decode_steps(variant: str, scheme: str | None, implementation: ops.Imple
     lengths = np.asarray([12, 7], np.int32)
     xla, model = loaded(variant, scheme, "xla").model, loaded(variant, scheme, implementation).model
     _, cache = jax.jit(fp8jax.prefill)(xla, xla.empty_cache(2, 16), tokens, lengths)
-    step = jax.jit(fp8jax.decode_step)
+    step = jax.jit(functools.partial(fp8jax.decode_step))  # traced anew: which kernels run is not in jit's key
     first, cache = step(model, cache, tokens[:, 0], lengths)
     second, _ = step(model, cache, tokens[:, 1], lengths + 1)
     return np.stack([first, second])
+
+
+@functools.cache
+def decoded_by_xla(variant: str, scheme: str | None) -> np.ndarray:
+    return two_decode_steps(variant, scheme, "xla")
+
+
+def assert_tokens_agree(found: np.ndarray, expected: np.ndarray, unquantized: np.ndarray) -> None:
+    """Logits `[..., vocab]` of two float32 implementations of the same quantized model.
+
+    Two sums in another order differ by 3e-7 of a token (measured: 1e-7 to 8e-7). A last bit can move a value over the
+    border between two codes, and then that token differs by some 1e-3: hence the median of the tokens, and a wide bound
+    for the worst of them in units of e, the token's own quantization error.
+    """
+    found, expected, unquantized = (np.asarray(x, np.float64) for x in (found, expected, unquantized))
+    error = np.linalg.norm(found - expected, axis=-1)
+    assert np.median(error / np.linalg.norm(expected, axis=-1)) < 5e-6
+    assert (error <= 0.6 * np.linalg.norm(expected - unquantized, axis=-1)).all()
 
 
 @pytest.mark.parametrize(
@@ -288,15 +306,38 @@ def two_decode_steps(variant: str, scheme: str | None, implementation: ops.Imple
     ],
 )
 def test_interpreted_kernels_decode_like_xla(variant, scheme):
-    expected = two_decode_steps(variant, scheme, "xla")
+    expected = decoded_by_xla(variant, scheme)
     with interpreted_kernels():
         found = two_decode_steps(variant, scheme, "triton")
     if scheme is None:
-        assert relative_error(found, expected) < 1e-5  # float32 sums in another order
+        assert relative_error(found, expected) < 5e-6  # float32 sums in another order
     else:
-        unquantized = two_decode_steps(variant, None, "xla")
-        # Flipped codes, as between any two float32 implementations (the issue's 0.6 e).
-        assert np.linalg.norm(found - expected) <= 0.6 * np.linalg.norm(expected - unquantized)
+        assert_tokens_agree(found, expected, decoded_by_xla(variant, None))
+
+
+OPS = {
+    ("mistral", "fp8_per_block"): ["block_scaled_matmul", "rms_norm_quantize", "silu_mul_quantize", "decode_attention"],
+    ("granitemoe", "fp8_per_tensor"): ["scaled_matmul", "grouped_scaled_matmul", "rms_norm_quantize"],
+}
+
+
+@pytest.mark.parametrize("variant, scheme, op", [(*model, op) for model, ops_of in OPS.items() for op in ops_of])
+def test_one_interpreted_kernel_in_a_model_of_references_decodes_like_xla(monkeypatch, variant, scheme, op):
+    """What a whole model of kernels hides in its error shows when one of them runs alone."""
+    ran, real = [], kernel_choice.runs_kernel
+
+    def only_this(name, implementation, *arguments, **options):
+        runs = real(name, implementation, *arguments, **options) and (implementation != "triton" or name == op)
+        ran.extend([name] * runs)
+        return runs
+
+    for module in (kernel_choice, fused_ops, moe):
+        monkeypatch.setattr(module, "runs_kernel", only_this)
+    expected, unquantized = decoded_by_xla(variant, scheme), decoded_by_xla(variant, None)
+    with interpreted_kernels():
+        found = two_decode_steps(variant, scheme, "triton")
+    assert set(ran) == {op}
+    assert_tokens_agree(found, expected, unquantized)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -305,8 +346,7 @@ def test_interpreted_kernels_read_a_prompt_like_xla(scheme):
     expected = loaded("llama31", scheme, "xla").logits(tokens)
     with interpreted_kernels():
         found = loaded("llama31", scheme, "triton").logits(tokens)
-    e = np.linalg.norm(np.asarray(expected) - load("llama31").logits(tokens))
-    assert np.linalg.norm(np.asarray(found) - expected) <= 0.6 * e  # as above
+    assert_tokens_agree(found, expected, load("llama31").logits(tokens))
 
 
 def test_interpreted_kernels_generate_the_tokens_of_xla():
