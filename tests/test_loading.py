@@ -239,7 +239,7 @@ def test_both_spellings_of_config_json_give_the_same_logits(folder):
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "warp": 3}}, "warp"),
         ({"sliding_window": 8}, "sliding_window"),
         ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
-        ({"pretraining_tp": 2}, "pretraining_tp"),
+        ({"num_nextn_predict_layers": 1}, "num_nextn_predict_layers"),
         ({"logit_zoom": 1.5}, "logit_zoom"),
         ({"num_key_value_heads": 3}, "num_key_value_heads 3"),
         ({"num_hidden_layers": "2"}, "num_hidden_layers"),
@@ -253,13 +253,24 @@ def test_a_config_that_is_not_understood_is_an_error_that_names_the_field(folder
 
 
 @pytest.mark.parametrize(
-    "fields", [{"unsloth_version": "2026.1"}, {"use_cache": False}, {"pretraining_tp": 1}, {"new": None}]
+    "fields", [{"unsloth_version": "2026.1"}, {"use_cache": False}, {"pretraining_tp": 2}, {"new": None}]
 )
 def test_a_field_that_changes_nothing_is_no_error(folder, fields):
     reconfigure(folder, **fields)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fp8jax.load_quantized(folder, None)
+
+
+def test_what_is_to_be_known_about_a_config_is_warned_of_once_and_stays_in_the_report(folder):
+    reconfigure(folder, partial_rotary_factor=0.5)
+    with pytest.warns(UserWarning, match=r"config\.json of .*partial_rotary_factor 0\.5 is ignored") as caught:
+        lm = fp8jax.load_quantized(folder, None, dtype="float32")
+    assert [str(warning.message) for warning in caught] == list(lm.report.warnings)
+    ids = golden("llama2")["token_ids"]
+    np.testing.assert_array_equal(
+        lm.logits(ids), load("llama2").logits(ids)
+    )  # torch gives the same with it, to the bit
 
 
 def test_a_layer_too_few_in_config_json_is_noticed(folder):
