@@ -28,6 +28,7 @@ from flax import nnx
 
 from fp8jax import ops
 from fp8jax.checkpoint import Checkpoint, CheckpointError
+from fp8jax.generation_config import read_generation_config
 from fp8jax.host_memory import PeakMemory
 from fp8jax.language_model import LanguageModel
 from fp8jax.load_report import LayerReport, LoadReport, Outcome
@@ -85,9 +86,11 @@ def load_quantized(
         where = f"config.json of {repo}"
         config = read_decoder_config(checkpoint.config, dtype=dtype, where=where)
         config = tied_as_stored(config, checkpoint)
+        defaults = read_generation_config(checkpoint.generation_config, checkpoint.config, where=str(repo))
         model = CausalLM(config, implementation=implementation)
         parameters = list(model_parameters(model, checkpoint.tensors))
         schemes, told = _resolve(parameters, quantization)
+        told += defaults.warnings
         check_against(checkpoint, parameters)
         opened = time.perf_counter()
         layers = _fill(checkpoint, parameters, schemes, quantization, dtype=dtype, progress=progress)
