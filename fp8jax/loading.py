@@ -72,6 +72,9 @@ def load_quantized(
         CheckpointError: a malformed, already quantized or mismatching checkpoint; lists every fault by tensor.
         ValueError: an unknown scheme, a wrong quantization_config, an architecture or config field that is not
             implemented.
+
+    Do not fork a process that has run a model: JAX's threads do not survive it, and the child hangs. Workers are started
+    with `multiprocessing.get_context("spawn")`.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not supported; choose one of {', '.join(DTYPES)}")

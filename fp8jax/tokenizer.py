@@ -13,6 +13,7 @@ token is not, because what a token gives depends on its neighbours:
                    invalid byte turns all of it into replacement characters, so nothing of a run is shown before its end
 """
 
+import json
 import os
 import re
 import threading
@@ -21,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fp8jax.safetensors_file import CheckpointError, parse_object, shown
+from fp8jax.safetensors_file import CheckpointError, shown
 
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json", "tokenizer_config.json")
 _BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")
@@ -61,11 +62,10 @@ def _refuse_own_code(folder: Path, transformers: Any) -> None:
     Left to itself, transformers asks whether to run the class, or quietly takes a generic one in its place.
     """
     try:
-        raw = (folder / "tokenizer_config.json").read_bytes()
-    except OSError:
-        return
-    config = parse_object(raw, [], strict=False)
-    auto_map = config.get("auto_map")
+        config = json.loads((folder / "tokenizer_config.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return  # absent, or transformers will say what is wrong with it
+    auto_map = config.get("auto_map") if isinstance(config, dict) else None
     named = auto_map.get("AutoTokenizer") if isinstance(auto_map, dict) else auto_map
     if not named:
         return

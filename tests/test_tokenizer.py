@@ -62,7 +62,7 @@ class OwnTokenizer(PreTrainedTokenizerFast):
 def with_own_code(request, tmp_path) -> tuple[Path, Path]:
     """A checkpoint whose tokenizer is a class of its own, which leaves a mark when it is imported.
 
-    For a model type that transformers knows it takes a generic tokenizer instead of asking, for another it asks.
+    Told not to run it, transformers quietly takes a generic tokenizer for a model type that it knows, and fails for another.
     """
     folder, mark = checkpoint(tmp_path / "own"), tmp_path / "the code ran"
     (folder / "own.py").write_text(OWN_CODE.format(mark=str(mark)))
