@@ -84,7 +84,7 @@ class LanguageModel:
         report: what loading did.
 
     `pickle` and `copy.deepcopy` take it, with the weights; compiled functions are made anew, and the tokenizer is read again
-    from the folder.
+    from the folder unless it was set.
     """
 
     def __init__(
@@ -118,9 +118,13 @@ class LanguageModel:
 
         Raises:
             CheckpointError: tokenizer files that cannot be read, or that need Python code from the checkpoint, which is
-                never run.
+                never run. A tokenizer of one's own can be set instead.
         """
         return self._tokenizer.get()
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Any | None) -> None:
+        self._tokenizer = FolderTokenizer(None, given=tokenizer)
 
     @property
     def context_length(self) -> int:
@@ -259,17 +263,24 @@ class LanguageModel:
         tokens = self._stream_tokens(ids[0], rules, new_tokens, ends)
         return tokens if tokenizer is None else _as_text(tokens, TextStream(tokenizer))
 
-    def chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> Generation:
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        template_options: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> Generation:
         """Answer a conversation under the checkpoint's chat template.
 
         Args:
             messages: [{"role": "user", "content": "…"}, …]; what else a message holds is the template's.
+            template_options: handed to the tokenizer's `apply_chat_template`: {"enable_thinking": False}, {"tools": […]}.
             options: as in `generate`.
         Raises:
             ValueError: no tokenizer or no chat template, messages of another form, or a template that fails on them; all
                 before any work.
         """
-        return self.generate([render_chat(self.tokenizer, messages)], **options)[0]
+        return self.generate([render_chat(self.tokenizer, messages, template_options or {})], **options)[0]
 
     def score(self, texts: Sequence[Prompt], *, batch_size: int = 8) -> list[Score]:
         """Log-probability of every token of given texts after its predecessors.

@@ -75,8 +75,8 @@ def _refuse_own_code(folder: Path, transformers: Any) -> None:
     own = ", ".join(str(name) for name in (named if isinstance(named, list) else [named]) if name)
     raise CheckpointError(
         f"{folder}: the tokenizer needs Python code from the checkpoint (auto_map in tokenizer_config.json names"
-        f" {shown(own)}), which fp8jax never runs; pass token ids, or convert the tokenizer to a tokenizer.json that"
-        " transformers reads by itself and remove auto_map"
+        f" {shown(own)}), which fp8jax never runs; pass token ids, set lm.tokenizer to one that you read yourself, or"
+        " convert it to a tokenizer.json that transformers reads by itself and remove auto_map"
     )
 
 
@@ -85,15 +85,13 @@ class FolderTokenizer:
 
     Args:
         folder: the checkpoint's; None for no tokenizer.
+        given: a tokenizer to use instead of the folder's.
     """
 
-    def __init__(self, folder: Path | None):
-        self._folder = folder
-        self._start()
-
-    def _start(self) -> None:
+    def __init__(self, folder: Path | None, *, given: Any | None = None):
+        self._folder, self._given = folder, given
         self._lock = threading.Lock()
-        self._loaded: list[Any] = []  # the tokenizer, or None, once read
+        self._loaded: list[Any] = [] if given is None else [given]  # the tokenizer, or None, once read
         self._broken = False
 
     def get(self) -> Any | None:
@@ -125,11 +123,10 @@ class FolderTokenizer:
 
     def __getstate__(self) -> dict[str, Any]:
         """The folder alone: the tokenizer is read again where it is needed."""
-        return {"_folder": self._folder}
+        return {"folder": self._folder, "given": self._given}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._folder = state["_folder"]
-        self._start()
+        self.__init__(**state)
 
 
 class TextStream:
@@ -197,12 +194,13 @@ def _special_ids(tokenizer: Any) -> frozenset[int]:
     return frozenset([*getattr(tokenizer, "all_special_ids", ()), *special])
 
 
-def render_chat(tokenizer: Any | None, messages: Any) -> list[int]:
+def render_chat(tokenizer: Any | None, messages: Any, options: Mapping[str, Any]) -> list[int]:
     """Token ids of a conversation under the tokenizer's chat template, ending where the answer begins.
 
     Args:
         tokenizer: a Hugging Face tokenizer, or None.
         messages: [{"role": "user", "content": "…"}, …].
+        options: what else the template reads.
     Raises:
         ValueError: no template, messages of another form, or a template that fails on them.
     """
@@ -222,8 +220,9 @@ def render_chat(tokenizer: Any | None, messages: Any) -> list[int]:
                 f"messages[{i}]: expected a dict with a role and a content, {{'role': 'user', 'content': '…'}},"
                 f" got {_described(message)}"
             )
+    options = {"add_generation_prompt": True, **options, "tokenize": False}
     try:
-        text = tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template([dict(message) for message in messages], **options)
     except Exception as error:  # syntax errors, raise_exception of the template, whatever its expressions do
         raise ValueError(
             f"the checkpoint's chat template fails on these messages ({type(error).__name__}: {error}); change them, or"

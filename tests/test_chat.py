@@ -21,6 +21,14 @@ def test_a_conversation_is_continued_as_the_template_writes_it(lm):
     assert lm.chat(tuple(HELLO), **options) == expected
 
 
+def test_template_options_reach_the_template(lm, monkeypatch):
+    monkeypatch.setattr(lm.tokenizer, "chat_template", TEMPLATE + "{% if not thinking %}no{% endif %}")
+    options = {"max_new_tokens": 4, "temperature": 0}
+    for thinking, text in ((True, "user hi. "), (False, "user hi. no")):
+        answer = lm.chat(HELLO[1:], template_options={"thinking": thinking}, **options)
+        assert answer == lm.generate([text], **options)[0]
+
+
 @pytest.mark.parametrize(
     ("messages", "message"),
     [

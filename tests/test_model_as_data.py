@@ -83,6 +83,14 @@ TREES = {
 }
 
 
+def test_a_state_goes_back_into_a_model():
+    model = load("olmoe", "fp8_per_tensor").model
+    graph, state = nnx.split(model)
+    merged = nnx.merge(graph, jax.tree.map(jnp.copy, state))
+    assert jax.tree.structure(merged) == jax.tree.structure(model)
+    assert_same_bits(merged, model)
+
+
 @pytest.mark.parametrize("tree", TREES)
 @pytest.mark.parametrize("checkpointer", ["PyTreeCheckpointer", "StandardCheckpointer"])
 @pytest.mark.parametrize("variant, scheme", [("smollm2", "fp8_per_block"), ("olmoe", "fp8_per_tensor")])

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -139,7 +140,7 @@ def test_a_broken_tokenizer_is_reported_before_work_for_text_and_leaves_token_id
     folder = checkpoint(tmp_path / "broken", chat_template=TEMPLATE)
     (folder / "tokenizer.json").write_text('{"version": "1.0", "model": ')
     lm = fp8jax.load_quantized(folder, None, dtype="float32")
-    options = {"max_new_tokens": 3, "temperature": 0}
+    options: dict[str, Any] = {"max_new_tokens": 3, "temperature": 0}
     generations = lm.generate([[3, 4, 5]] * 2, **options)
     with pytest.warns(UserWarning, match="broken: the tokenizer files cannot be read") as caught:
         texts = [g.text for g in generations] + [g.text for g in generations]
@@ -183,6 +184,15 @@ def test_eight_threads_can_generate_text_at_once_on_a_fresh_model(tmp_path):
 def test_a_pickled_tokenizer_is_read_again_where_it_is_needed(tmp_path):
     tokenizer = FolderTokenizer(checkpoint(tmp_path / "c"))
     assert tokenizer.text([3, 4]) == pickle.loads(pickle.dumps(tokenizer)).text([3, 4]) != ""
+
+
+def test_a_tokenizer_of_ones_own_takes_the_place_of_the_folders(tmp_path):
+    lm = fp8jax.load_quantized(checkpoint(tmp_path / "c"), None, dtype="float32")
+    own = load_tokenizer(checkpoint(tmp_path / "other"))
+    (tmp_path / "c" / "tokenizer.json").write_text("{")
+    lm.tokenizer = own
+    assert lm.tokenizer is own
+    assert pickle.loads(pickle.dumps(lm)).score(["abc"]) == lm.score([[3, 4, 5]])
 
 
 # --- growing text ----------------------------------------------------------------------------------------------------
