@@ -9,21 +9,39 @@ import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from fp8jax.generation import bucket, decode_step, generate, prefill
+from fp8jax.generation_config import GenerationDefaults, read_generation_config
 from fp8jax.load_report import LoadReport
 from fp8jax.models import CausalLM
 from fp8jax.qarray import QArray, SplitQArray
 from fp8jax.sampling import Sampling, sample
-from fp8jax.tokenizer import TextStream, decode, load_tokenizer
+from fp8jax.tokenizer import FolderTokenizer, TextStream, render_chat
 
 Prompt = str | Sequence[int]
-_DEFAULT_NEW_TOKENS = 128
+
+
+class _WhenRead:
+    """A dataclass field that may be given as a function without arguments, called when the field is first read."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        if instance is None:
+            raise AttributeError(self._name)  # a dataclass takes what the class gives as the default, and there is none
+        value = vars(instance)[self._name]
+        if callable(value):
+            value = vars(instance)[self._name] = value()
+        return value
+
+    def __set__(self, instance: Any, value: Any) -> None:
+        vars(instance)[self._name] = value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,16 +49,20 @@ class Generation:
     """One continuation.
 
     Args:
-        text: the new tokens as text, special tokens left out; "" without a tokenizer.
+        text: the new tokens as text, special tokens left out; "" without a tokenizer. It is made when it is first read,
+            so that work with token ids never touches the tokenizer.
         token_ids: the new tokens only, the end token included if it was generated.
         finish_reason: "stop" where an end token came, "length" where max_new_tokens was reached.
         logprobs: of each new token under the model itself (temperature 1, unfiltered), natural logarithm.
     """
 
-    text: str
+    text: str = cast(str, _WhenRead())
     token_ids: list[int]
     finish_reason: Literal["stop", "length"]
     logprobs: list[float]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"text": self.text}  # a pickle holds the text, not the tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +82,9 @@ class LanguageModel:
         generation_config: generation_config.json as a dict, {} where there is none.
         folder: where the checkpoint lies, for the tokenizer; None for none.
         report: what loading did.
+
+    `pickle` and `copy.deepcopy` take it, with the weights; compiled functions are made anew, and the tokenizer is read again
+    from the folder unless it was set.
     """
 
     def __init__(
@@ -75,13 +100,31 @@ class LanguageModel:
         self.config = dict(config)
         self.generation_config = dict(generation_config)
         self.report = report
-        self._folder = folder
+        self._tokenizer = FolderTokenizer(folder)
         self._compiled: tuple[Any, _Compiled] | None = None
 
-    @functools.cached_property
+    def __getstate__(self) -> dict[str, Any]:
+        kept = ("model", "config", "generation_config", "report", "_tokenizer")
+        return {name: getattr(self, name) for name in kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        tokenizer = state.pop("_tokenizer")
+        self.__init__(**state, folder=None)
+        self._tokenizer = tokenizer
+
+    @property
     def tokenizer(self) -> Any | None:
-        """The folder's Hugging Face tokenizer, None where it has none; read at first use."""
-        return load_tokenizer(self._folder) if self._folder else None
+        """The folder's Hugging Face tokenizer, None where it has none; read at first use, by one thread.
+
+        Raises:
+            CheckpointError: tokenizer files that cannot be read, or that need Python code from the checkpoint, which is
+                never run. A tokenizer of one's own can be set instead.
+        """
+        return self._tokenizer.get()
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Any | None) -> None:
+        self._tokenizer = FolderTokenizer(None, given=tokenizer)
 
     @property
     def context_length(self) -> int:
@@ -91,8 +134,11 @@ class LanguageModel:
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """The tokens that end a generation by default."""
-        found = self.generation_config.get("eos_token_id", self.config.get("eos_token_id"))
-        return tuple(found) if isinstance(found, list) else () if found is None else (int(found),)
+        return self._defaults.eos_token_ids
+
+    @property
+    def _defaults(self) -> GenerationDefaults:
+        return read_generation_config(self.generation_config, self.config)
 
     def weight(self, name: str) -> QArray | jax.Array:
         """A layer's weight as it is held.
@@ -162,9 +208,11 @@ class LanguageModel:
 
         Args:
             prompts: strings or lists of token ids, of different lengths.
-            max_new_tokens: at most this many; the checkpoint's generation_config, else 128.
+            max_new_tokens: at most this many; the checkpoint's generation_config (max_new_tokens, or max_length less the
+                longest prompt), else 128 or what the context holds.
             temperature, top_k, top_p, min_p: see `sampling`; one value, or one a prompt. Not given, the checkpoint's
-                generation_config decides, and where that does not sample, decoding is greedy (temperature 0).
+                generation_config decides, and where that does not sample, decoding is greedy (temperature 0). Where
+                it names no top_k none applies; transformers would take 50.
             seed: random seed; one, from which prompt i gets seed + i, or one a prompt.
             eos_token_ids: tokens that end a row; those of the checkpoint by default, [] for none.
             batch_size: how many prompts run at once.
@@ -204,31 +252,35 @@ class LanguageModel:
         """Continue one prompt piece by piece; the same tokens as `generate` gives.
 
         Returns:
-            An iterator of pieces of text, never half a character; of token ids (end token included) without a
-            tokenizer.
+            An iterator of pieces of text, never half a character, which joined are the text of `generate`; of token ids
+            (end token included) without a tokenizer.
         Raises:
             ValueError: as in `generate`, at the call, before any work.
         """
         ids, new_tokens, ends = self._prepare([prompt], max_new_tokens, eos_token_ids)
         rules = self._sampling(1, temperature, top_k, top_p, min_p, seed)
+        tokenizer = self.tokenizer if isinstance(prompt, str) else self._tokenizer.get_if_readable()
         tokens = self._stream_tokens(ids[0], rules, new_tokens, ends)
-        return tokens if self.tokenizer is None else _as_text(tokens, TextStream(self.tokenizer))
+        return tokens if tokenizer is None else _as_text(tokens, TextStream(tokenizer))
 
-    def chat(self, messages: Sequence[Mapping[str, str]], **options: Any) -> Generation:
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        template_options: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> Generation:
         """Answer a conversation under the checkpoint's chat template.
 
         Args:
-            messages: [{"role": "user", "content": "…"}, …].
+            messages: [{"role": "user", "content": "…"}, …]; what else a message holds is the template's.
+            template_options: handed to the tokenizer's `apply_chat_template`: {"enable_thinking": False}, {"tools": […]}.
             options: as in `generate`.
         Raises:
-            ValueError: no tokenizer or no chat template.
+            ValueError: no tokenizer or no chat template, messages of another form, or a template that fails on them; all
+                before any work.
         """
-        if self.tokenizer is None or not getattr(self.tokenizer, "chat_template", None):
-            raise ValueError("chat needs a tokenizer with a chat template; the checkpoint folder has none")
-        text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-        # The template writes the special tokens itself.
-        ids = self.tokenizer.encode(text, add_special_tokens=False)
-        return self.generate([ids], **options)[0]
+        return self.generate([render_chat(self.tokenizer, messages, template_options or {})], **options)[0]
 
     def score(self, texts: Sequence[Prompt], *, batch_size: int = 8) -> list[Score]:
         """Log-probability of every token of given texts after its predecessors.
@@ -257,11 +309,19 @@ class LanguageModel:
         self, prompts: Sequence[Prompt], max_new_tokens: int | None, eos_token_ids: Sequence[int] | int | None
     ) -> tuple[list[list[int]], int, np.ndarray]:
         """Token ids, the number of new tokens and the end tokens, all checked."""
-        if max_new_tokens is None:
-            max_new_tokens = int(self.generation_config.get("max_new_tokens") or _DEFAULT_NEW_TOKENS)
-        if max_new_tokens < 1:
+        defaults = self._defaults
+        if max_new_tokens is not None and max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
         ids = [self._encode(prompt, f"prompts[{i}]") for i, prompt in enumerate(prompts)]
+        if max_new_tokens is None:
+            longest = max(map(len, ids), default=0)
+            max_new_tokens = defaults.new_tokens(longest, self.context_length)
+            if max_new_tokens < 1:
+                limit = min(defaults.max_length or self.context_length, self.context_length)
+                raise ValueError(
+                    f"the longest prompt has {longest} tokens, and {limit} is the limit for prompt and continuation"
+                    f" (max_length in generation_config.json, or the context): pass max_new_tokens, or a shorter prompt"
+                )
         for i, row in enumerate(ids):
             if not row:
                 raise ValueError(f"prompts[{i}] is empty; a prompt needs at least one token")
@@ -294,15 +354,13 @@ class LanguageModel:
 
     def _sampling(self, batch: int, temperature, top_k, top_p, min_p, seed) -> Sampling:
         """The caller's rules over those of the checkpoint's generation_config."""
-        defaults = self.generation_config
-        if temperature is None:
-            temperature = defaults.get("temperature") or 1.0 if defaults.get("do_sample") else 0.0
+        defaults = self._defaults
         return Sampling.of(
             batch,
-            temperature=temperature,
-            top_k=top_k if top_k is not None else defaults.get("top_k") or 0,
-            top_p=top_p if top_p is not None else defaults.get("top_p") or 1.0,
-            min_p=min_p if min_p is not None else defaults.get("min_p") or 0.0,
+            temperature=defaults.temperature if temperature is None else temperature,
+            top_k=defaults.top_k if top_k is None else top_k,
+            top_p=defaults.top_p if top_p is None else top_p,
+            min_p=defaults.min_p if min_p is None else min_p,
             seed=seed,
         )
 
@@ -327,7 +385,7 @@ class LanguageModel:
             new = [int(token) for token in row[:count]]
             generations.append(
                 Generation(
-                    text="" if self.tokenizer is None else decode(self.tokenizer, new),
+                    text=cast(str, functools.partial(self._tokenizer.text, new)),
                     token_ids=new,
                     finish_reason="stop" if new[-1] in ends else "length",
                     logprobs=[float(x) for x in row_logprobs[:count]],

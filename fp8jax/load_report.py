@@ -14,6 +14,9 @@ from typing import Any, Literal
 from fp8jax.quantization_config import LayerKind
 from fp8jax.schemes import Scheme
 
+# What a scale of the weight covers is in the scheme's name; what one of the activation covers can be configured.
+_HEADINGS = ("layer type", "count", "scheme", "scale\nper", "MiB\nbefore", "MiB\nafter", "error")
+
 Outcome = Literal["quantized", "ignored", "no scheme", "never quantized"]
 
 
@@ -98,21 +101,29 @@ class LoadReport:
     def __str__(self) -> str:
         from rich.console import Console
 
-        console = Console(file=io.StringIO(), width=120)
+        # As wide as COLUMNS or the terminal says, 80 where there is none.
+        console = Console(file=io.StringIO())
         console.print(self.__rich__())
         text = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
         return "\n".join(line.rstrip() for line in text.splitlines())
 
     def __rich__(self):
+        from rich import box
         from rich.table import Table
+        from rich.text import Text
 
-        table = Table(title=f"{self.source}: loaded in {self.seconds:.1f} s", caption=self._caption())
-        for heading in ("layer type", "count", "scheme", "weight", "activation", "before", "after", "error"):
-            table.add_column(heading, justify="left" if heading in ("layer type", "scheme") else "right")
+        # Text, so that no part of a path is taken for markup; no vertical lines, so that it fits 80 columns.
+        title, caption = f"{self.source}: loaded in {self.seconds:.1f} s", self._caption()
+        table = Table(
+            title=Text(title, overflow="fold"), caption=caption, box=box.SIMPLE, padding=(0, 0), pad_edge=False
+        )
+        for heading in _HEADINGS:
+            words = heading in ("layer type", "scheme")
+            table.add_column(heading, justify="left" if words else "right", overflow="fold", no_wrap=not words)
         for row in self._rows():
             table.add_row(*row)
         table.add_section()
-        table.add_row("all", "", "", "", "", mebibytes(self.bytes_before), mebibytes(self.bytes_after), "")
+        table.add_row("all", "", "", "", _mib(self.bytes_before), _mib(self.bytes_after), "")
         return table
 
     def _rows(self) -> Iterable[tuple[str, ...]]:
@@ -127,10 +138,9 @@ class LoadReport:
                 kind,
                 str(len(group)),
                 scheme.name if scheme else f"— {outcome}".rstrip(),
-                scheme.weight if scheme else "",
                 scheme.activation if scheme else "",
-                mebibytes(sum(layer.bytes_before for layer in group)),
-                mebibytes(sum(layer.bytes_after for layer in group)),
+                _mib(sum(layer.bytes_before for layer in group)),
+                _mib(sum(layer.bytes_after for layer in group)),
                 f"{sum(errors) / len(errors):.2%}" if errors else "",
             )
 
@@ -141,6 +151,10 @@ class LoadReport:
 
     def _count(self, outcome: Outcome, kind: LayerKind | None = None) -> int:
         return sum(layer.outcome == outcome and kind in (None, layer.kind) for layer in self.layers)
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.1f}"
 
 
 def mebibytes(size: int) -> str:

@@ -28,6 +28,7 @@ from flax import nnx
 
 from fp8jax import ops
 from fp8jax.checkpoint import Checkpoint, CheckpointError
+from fp8jax.generation_config import read_generation_config
 from fp8jax.host_memory import PeakMemory
 from fp8jax.language_model import LanguageModel
 from fp8jax.load_report import LayerReport, LoadReport, Outcome
@@ -71,6 +72,9 @@ def load_quantized(
         CheckpointError: a malformed, already quantized or mismatching checkpoint; lists every fault by tensor.
         ValueError: an unknown scheme, a wrong quantization_config, an architecture or config field that is not
             implemented.
+
+    Do not fork a process that has run a model: JAX's threads do not survive it, and the child hangs. Workers are started
+    with `multiprocessing.get_context("spawn")`.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not supported; choose one of {', '.join(DTYPES)}")
@@ -86,10 +90,11 @@ def load_quantized(
         about_config: list[str] = []
         config = read_decoder_config(checkpoint.config, dtype=dtype, where=where, told=about_config)
         config = tied_as_stored(config, checkpoint)
+        defaults = read_generation_config(checkpoint.generation_config, checkpoint.config, where=str(repo))
         model = CausalLM(config, implementation=implementation)
         parameters = list(model_parameters(model, checkpoint.tensors))
         schemes, unmatched = _resolve(parameters, quantization)
-        told = [*about_config, *unmatched]
+        told = [*about_config, *unmatched, *defaults.warnings]
         check_against(checkpoint, parameters)
         opened = time.perf_counter()
         layers = _fill(checkpoint, parameters, schemes, quantization, dtype=dtype, progress=progress)

@@ -118,7 +118,8 @@ class Decoder(nnx.Module):
     def __init__(self, config: DecoderConfig):
         self.config = config
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype=config.dtype)
-        self.layers = nnx.List([DecoderLayer(config, index) for index in range(config.num_layers)])
+        # A plain list, not nnx.List: that one mixes numbers and words as keys of one node, which Orbax cannot sort.
+        self.layers = nnx.data([DecoderLayer(config, index) for index in range(config.num_layers)])
         self.norm = RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, dtype=config.dtype)
 
     def __call__(self, token_ids: jax.Array, step: Step, cache: KVCache | None) -> tuple[jax.Array, KVCache | None]:

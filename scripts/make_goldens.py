@@ -106,7 +106,7 @@ def write_checkpoint(variant: Variant, folder: Path, seed: int) -> None:
 
 def load(folder: Path) -> PreTrainedModel:
     exact = {"attn_implementation": "eager", "dtype": torch.float32}
-    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **exact).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **exact).eval()
     if hasattr(model, "set_experts_implementation") and hasattr(model.config, "num_experts_per_tok"):
         model.set_experts_implementation("eager")
     return model

@@ -181,7 +181,7 @@ def test_tokenizer_merges_splits_digits_and_keeps_special_tokens_whole(script, t
 
     write_gguf(tmp_path / "tiny.gguf")
     script.convert_gguf(tmp_path / "tiny.gguf", tmp_path)
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=False)
     byte = {character: 3 + ord(character) for character in "lo 12"}
     ids = tokenizer.encode("<|im_start|>hello 12")
     assert ids == [1, 260, byte["l"], byte["o"], byte[" "], byte["1"], byte["2"]]
