@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fp8jax.explicit_sharding import on_mesh_of
 from fp8jax.generation import advance, begin, decode_step, prefill
 from fp8jax.models import CausalLM
 from fp8jax.sampling import Sampling, sample
@@ -33,7 +34,9 @@ class CompiledModel:
     def __init__(self, structure: Any):
         def with_model(function: Callable[..., Any], **jit_options: Any) -> Program:
             def call(leaves, *args, **options):
-                return function(jax.tree.unflatten(structure, leaves), *args, **options)
+                model = jax.tree.unflatten(structure, leaves)
+                with on_mesh_of(model.model.embed_tokens.weight):
+                    return function(model, *args, **options)
 
             return Program(jax.jit(call, **jit_options))
 

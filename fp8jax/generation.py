@@ -25,6 +25,7 @@ import numpy as np
 from jax import lax
 from jax.core import Tracer
 
+from fp8jax.explicit_sharding import on_mesh_of
 from fp8jax.kv_cache import KVCache
 from fp8jax.models import CausalLM
 from fp8jax.sampling import Sampling, sample
@@ -222,8 +223,11 @@ def generate(
     """
     _expect("generate", "max_new_tokens", max_new_tokens, (), "int")
     _expect_between("generate", "max_new_tokens", max_new_tokens, 1, capacity, "capacity, the width of the outputs")
-    decoding = begin(model, token_ids, lengths, sampling, eos_token_ids, capacity=capacity, cache_length=cache_length)
-    return advance(model, decoding, sampling, eos_token_ids, max_new_tokens).out
+    with on_mesh_of(model.model.embed_tokens.weight):
+        decoding = begin(
+            model, token_ids, lengths, sampling, eos_token_ids, capacity=capacity, cache_length=cache_length
+        )
+        return advance(model, decoding, sampling, eos_token_ids, max_new_tokens).out
 
 
 def is_end(tokens: jax.Array, eos_token_ids: jax.Array) -> jax.Array:

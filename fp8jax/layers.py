@@ -141,6 +141,11 @@ class Attention(nnx.Module):
 
     def __init__(self, config, *, window: int | None):
         c, dtype = config, config.dtype
+        if c.rope.rotary_dim % 2 or not 0 < c.rope.rotary_dim <= c.head_dim:
+            raise ValueError(
+                f"head_dim is {c.head_dim}, of which {c.rope.rotary_dim} channels turn: rotary embedding turns channels in "
+                "pairs, so their number is even and at most head_dim"
+            )
         self.num_heads, self.num_kv_heads, self.head_dim = c.num_heads, c.num_kv_heads, c.head_dim
         self.scale, self.window, self.clip_qkv = c.attention_scale, window, c.clip_qkv
         self.qk_norm = c.qk_norm

@@ -20,6 +20,7 @@ import numpy as np
 from flax import nnx
 
 from fp8jax import ops
+from fp8jax.explicit_sharding import with_automatic_axes
 from fp8jax.fused_ops import times
 from fp8jax.kv_cache import KVCache, LayerCache, empty_cache
 from fp8jax.layers import MLP, Attention, Embedding, Linear, RMSNorm, Step
@@ -191,6 +192,10 @@ class CausalLM(nnx.Module):
             raise ValueError(f"{t} tokens are more than the model's context of {self.config.max_position_embeddings}")
         if cache is not None:
             self._check_cache(cache, b, t)
+        return with_automatic_axes(_hidden_states, self.model.embed_tokens.weight, self, token_ids, cache, start, valid)
+
+    def _hidden_states(self, token_ids, cache, start, valid) -> tuple[jax.Array, KVCache | None]:
+        b, t = token_ids.shape
         positions = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32), (b, t))
         if start is not None:
             positions = positions + start[:, None].astype(jnp.int32)
@@ -208,6 +213,9 @@ class CausalLM(nnx.Module):
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Logits of hidden states `[..., hidden]`: float32 `[..., vocab]`."""
         weight = self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        return with_automatic_axes(self._logits, weight, hidden, weight)
+
+    def _logits(self, hidden: jax.Array, weight: jax.Array) -> jax.Array:
         logits = jax.lax.dot_general(
             hidden,
             weight,
@@ -246,3 +254,7 @@ class CausalLM(nnx.Module):
                     )
                 if length < tokens:
                     raise ValueError(f"the cache has room for {length} tokens a row, fewer than the {tokens} given")
+
+
+def _hidden_states(model: CausalLM, token_ids, cache, start, valid) -> tuple[jax.Array, KVCache | None]:
+    return model._hidden_states(token_ids, cache, start, valid)
