@@ -1,5 +1,7 @@
 """Weights on a mesh as `jax.make_mesh` makes it, with Explicit axes: one device is enough to meet every type error."""
 
+from typing import Any
+
 import jax
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -32,7 +34,7 @@ def test_generation_and_scoring_under_explicit_axes():
 def test_the_pure_functions_under_explicit_axes():
     plain = random_model().model
     lm, _ = on_explicit_mesh(random_model())
-    args = (np.asarray(IDS, np.int32), np.asarray([4, 3], np.int32), fp8jax.Sampling.of(2), np.asarray([-1]), 3)
+    args: Any = (np.asarray(IDS, np.int32), np.asarray([4, 3], np.int32), fp8jax.Sampling.of(2), np.asarray([-1]), 3)
     loop = jax.jit(fp8jax.generate, static_argnames=("capacity", "cache_length"))
     found, expected = (loop(model, *args, capacity=4, cache_length=8) for model in (lm.model, plain))
     np.testing.assert_array_equal(found.token_ids, expected.token_ids)

@@ -2,6 +2,7 @@
 
 import functools
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -87,13 +88,13 @@ def test_a_model_without_a_pair_of_channels_to_turn_is_refused_when_built():
         random_model(head_dim=1)
 
 
-IDS = np.ones((2, 4), np.int32)
-TWO = np.asarray([4, 3], np.int32)
+IDS: Any = np.ones((2, 4), np.int32)
+TWO: Any = np.asarray([4, 3], np.int32)
 RULES = fp8jax.Sampling.of(2)
-ENDS = np.asarray([-1], np.int32)
+ENDS: Any = np.asarray([-1], np.int32)
 
 
-def whole_loop(lm, ids=IDS, lengths=TWO, rules=RULES, ends=ENDS, new=4, *, capacity=4, cache_length=16):
+def whole_loop(lm, ids=IDS, lengths=TWO, rules=RULES, ends=ENDS, new: Any = 4, *, capacity=4, cache_length=16):
     return fp8jax.generate(lm.model, ids, lengths, rules, ends, new, capacity=capacity, cache_length=cache_length)
 
 
@@ -125,7 +126,9 @@ def whole_loop(lm, ids=IDS, lengths=TWO, rules=RULES, ends=ENDS, new=4, *, capac
             "cache is of 2 layers, the model of 1",
         ),
         (
-            lambda lm: fp8jax.decode_step(lm.model, lm.model.empty_cache(2, 8), IDS[:, 0], np.asarray([8, 3])),
+            lambda lm: fp8jax.decode_step(
+                lm.model, lm.model.empty_cache(2, 8), IDS[:, 0], np.asarray([8, 3], np.int32)
+            ),
             "positions holds 8, expected 0 to 7",
         ),
         (
