@@ -13,18 +13,21 @@ Perplexity alone is a poor gate for quantization: it may fall by luck, and on a 
 and top-1 compare whole distributions against the reference's own, token by token, need no large text to settle, and are
 zero and one only for a model that behaves the same.
 
-The logits of a whole text never exist at once (4096 tokens of a 49152-word vocabulary are 0.8 GB): each batch of
-windows goes through both models and down to four numbers a token on the device, and only those are kept.
+Logits never exist but for some positions at once (a window of 8192 tokens of a 128k-word vocabulary would have 4 GB of
+them, twice, and their log-softmax): each batch of windows goes through both models up to the last hidden states, and
+these become four numbers a token, chunk by chunk; only those are kept.
 """
 
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from fp8jax.compiled_model import by_position
 
 if TYPE_CHECKING:
     from fp8jax.language_model import LanguageModel
@@ -104,13 +107,13 @@ def compare(reference: "LanguageModel", lm: "LanguageModel", windows: np.ndarray
     Args:
         reference: usually the same checkpoint, loaded without quantization.
         lm: the model to judge; it must have the reference's vocabulary.
-        batch_size: windows a forward pass; a window of 512 over 50k words needs about 0.5 GB beside the models.
+        batch_size: windows a forward pass.
     """
     parts = []
     for batch, valid in _batches(windows, batch_size):
-        reference_logits = _logits(reference.model, batch)
-        logits = reference_logits if lm is reference else _logits(lm.model, batch)
-        scores = _compare_batch(reference_logits, logits, batch)
+        reference_hidden = _hidden_states(reference.model, batch)
+        hidden = reference_hidden if lm is reference else _hidden_states(lm.model, batch)
+        scores = _compare_batch(reference.model, lm.model, reference_hidden, hidden, batch)
         parts.append([np.asarray(field)[:valid] for field in scores])
     nll, reference_nll, kl, agrees = (np.concatenate(fields) for fields in zip(*parts, strict=True))
     _require_finite(nll + reference_nll + kl)
@@ -126,7 +129,7 @@ def compare(reference: "LanguageModel", lm: "LanguageModel", windows: np.ndarray
 def score_windows(lm: "LanguageModel", windows: np.ndarray, *, batch_size: int = 2) -> Iterator[np.ndarray]:
     """Yield [b, window - 1] float32 log-probabilities: what the model gave to each token but a window's first."""
     for batch, valid in _batches(windows, batch_size):
-        yield np.asarray(_score_batch(_logits(lm.model, batch), batch))[:valid]
+        yield np.asarray(_score_batch(lm.model, _hidden_states(lm.model, batch), batch))[:valid]
 
 
 def perplexity(lm: "LanguageModel", windows: np.ndarray, *, batch_size: int = 2) -> float:
@@ -136,21 +139,33 @@ def perplexity(lm: "LanguageModel", windows: np.ndarray, *, batch_size: int = 2)
     return math.exp(-_mean(log_probs))
 
 
-# A jit for each model, not one around both: the reference is compiled once for all that it is compared with.
+# A jit for each model, not one around both: the reference is compiled once for all that it is compared with. What takes
+# both has their heads in it only.
 @jax.jit
-def _logits(model, token_ids: jax.Array) -> jax.Array:
-    return model(token_ids)
-
-
-@jax.jit
-def _compare_batch(reference_logits: jax.Array, logits: jax.Array, token_ids: jax.Array) -> TokenScores:
+def _hidden_states(model: Any, token_ids: jax.Array) -> jax.Array:
     # The last position predicts a token that the window does not hold.
-    return compare_logits(reference_logits[:, :-1], logits[:, :-1], token_ids[:, 1:])
+    return model.hidden_states(token_ids)[0][:, :-1]
 
 
 @jax.jit
-def _score_batch(logits: jax.Array, token_ids: jax.Array) -> jax.Array:
-    return _pick(jax.nn.log_softmax(logits[:, :-1].astype(jnp.float32), axis=-1), token_ids[:, 1:])
+def _compare_batch(reference: Any, model: Any, reference_hidden, hidden, token_ids: jax.Array) -> TokenScores:
+    def compare_position(reference_hidden, hidden, target) -> TokenScores:
+        return compare_logits(reference.logits(reference_hidden), model.logits(hidden), target)
+
+    vocab = 2 * _vocab_size(model, hidden)  # the logits of both
+    return by_position(compare_position, vocab, reference_hidden, hidden, token_ids[:, 1:])
+
+
+@jax.jit
+def _score_batch(model: Any, hidden: jax.Array, token_ids: jax.Array) -> jax.Array:
+    def score_position(hidden, target) -> jax.Array:
+        return _pick(jax.nn.log_softmax(model.logits(hidden).astype(jnp.float32)), target)
+
+    return by_position(score_position, _vocab_size(model, hidden), hidden, token_ids[:, 1:])
+
+
+def _vocab_size(model: Any, hidden: jax.Array) -> int:
+    return jax.eval_shape(lambda: model.logits(hidden[0, 0])).size
 
 
 def _pick(log_probs: jax.Array, targets: jax.Array) -> jax.Array:

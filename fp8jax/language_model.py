@@ -1,29 +1,34 @@
 """LanguageModel: a loaded model with its tokenizer and configuration; text or token ids in, text or logits out.
 
 The model itself is `lm.model`, a plain pytree. This class keeps the host's side: it turns prompts into padded arrays of
-few different shapes, holds the compiled functions, and turns tokens into text. Weights go into the compiled functions
-as pre-flattened leaves, since flattening an NNX module costs milliseconds a call.
+few different shapes (`batches`), calls the compiled functions (`compiled_model`), and turns tokens into text.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import operator
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from fp8jax.generation import bucket, decode_step, generate, prefill
+from fp8jax.batches import Batch, batches, bucket, cache_room, end_ids, pad
+from fp8jax.compiled_model import CompiledModel
 from fp8jax.generation_config import GenerationDefaults, read_generation_config
 from fp8jax.load_report import LoadReport
 from fp8jax.models import CausalLM
 from fp8jax.qarray import QArray, SplitQArray
-from fp8jax.sampling import Sampling, sample
+from fp8jax.sampling import Sampling, numbers
 from fp8jax.tokenizer import FolderTokenizer, TextStream, render_chat
 
 Prompt = str | Sequence[int]
+# Tokens that are decoded before Python looks again whether it was interrupted.
+_TOKENS_A_PORTION = 32
+# Threads that share a new model make one `CompiledModel`.
+_MAKING_FUNCTIONS = threading.Lock()
 
 
 class _WhenRead:
@@ -101,7 +106,7 @@ class LanguageModel:
         self.generation_config = dict(generation_config)
         self.report = report
         self._tokenizer = FolderTokenizer(folder)
-        self._compiled: tuple[Any, _Compiled] | None = None
+        self._compiled: CompiledModel | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         kept = ("model", "config", "generation_config", "report", "_tokenizer")
@@ -179,17 +184,22 @@ class LanguageModel:
         Raises:
             ValueError: not [b, t], longer than the context, or ids outside the vocabulary.
         """
-        ids = np.asarray(token_ids)
+        try:
+            ids = np.asarray(token_ids)
+        except ValueError as error:
+            raise ValueError(
+                "logits takes token ids [b, t], got rows of different lengths or something that is no number; "
+                "give rows of one length, or one row at a time"
+            ) from error
         if ids.ndim != 2 or ids.size == 0:
             raise ValueError(f"logits takes token ids [b, t], got shape {ids.shape}")
         self._check_ids(ids.reshape(-1), "token_ids")
         t = ids.shape[1]
         if t > self.context_length:
             raise ValueError(f"{t} tokens are more than the model's context of {self.context_length}")
-        padded = np.zeros((ids.shape[0], bucket(t, self.context_length)), np.int32)
-        padded[:, :t] = ids
+        batch = pad(ids.tolist(), limit=self.context_length)
         leaves, compiled = self._functions()
-        return compiled.logits(leaves, padded, np.full(ids.shape[0], t, np.int32))[:, :t]
+        return compiled.logits(leaves, batch.token_ids, batch.lengths)[:, :t]
 
     def generate(
         self,
@@ -213,28 +223,30 @@ class LanguageModel:
             temperature, top_k, top_p, min_p: see `sampling`; one value, or one a prompt. Not given, the checkpoint's
                 generation_config decides, and where that does not sample, decoding is greedy (temperature 0). Where
                 it names no top_k none applies; transformers would take 50.
-            seed: random seed; one, from which prompt i gets seed + i, or one a prompt.
+            seed: random seed; one, with which each prompt's number is combined, or one a prompt, whose draws then depend
+                on nothing else. Draws depend neither on the batches nor on the other prompts.
             eos_token_ids: tokens that end a row; those of the checkpoint by default, [] for none.
-            batch_size: how many prompts run at once.
+            batch_size: how many prompts run at once; fewer where memory does not hold so many.
         Returns:
             One `Generation` a prompt, in order.
         Raises:
-            ValueError: an empty prompt, text without a tokenizer, ids outside the vocabulary, or more tokens than the
-                context holds, all before any work.
+            ValueError: an empty prompt, text without a tokenizer, ids outside the vocabulary, more tokens than the
+                context holds, or an option that is not what it should be, all before any work.
+            FloatingPointError: the model's logits for a prompt are NaN or infinite.
+
+        Ctrl-C is noticed after the prompts were read and then every 32 tokens.
         """
-        if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], int | np.integer)):
-            raise ValueError("generate takes a list of prompts; put a single one in a list")
+        _check_list("generate", "prompts", prompts)
+        batch_size = _whole_number("batch_size", batch_size)
         ids, new_tokens, ends = self._prepare(prompts, max_new_tokens, eos_token_ids)
         rules = self._sampling(len(ids), temperature, top_k, top_p, min_p, seed)
+        rules = jax.tree.map(np.asarray, rules)  # on the host, rows are taken from it without compiling anything
         return [
             generation
-            for begin in range(0, len(ids), batch_size)
-            for generation in self._generate_batch(
-                ids[begin : begin + batch_size],
-                jax.tree.map(lambda x, begin=begin: x[begin : begin + batch_size], rules),
-                new_tokens,
-                ends,
+            for batch in batches(
+                ids, self.model.config, batch_size=batch_size, new_tokens=new_tokens, device=self._device()
             )
+            for generation in self._generate_batch(batch, jax.tree.map(batch.filled, rules), new_tokens, ends)
         ]
 
     def stream(
@@ -256,6 +268,7 @@ class LanguageModel:
             (end token included) without a tokenizer.
         Raises:
             ValueError: as in `generate`, at the call, before any work.
+            FloatingPointError: as in `generate`, when the piece is asked for.
         """
         ids, new_tokens, ends = self._prepare([prompt], max_new_tokens, eos_token_ids)
         rules = self._sampling(1, temperature, top_k, top_p, min_p, seed)
@@ -287,22 +300,26 @@ class LanguageModel:
 
         Args:
             texts: strings or lists of at least two token ids.
-            batch_size: how many run at once.
+            batch_size: how many run at once; fewer where memory does not hold so many.
         Raises:
             ValueError: fewer than two tokens, or as in `generate`.
+            FloatingPointError: as in `generate`.
         """
+        _check_list("score", "texts", texts)
+        batch_size = _whole_number("batch_size", batch_size)
         ids = [self._encode(text, f"texts[{i}]") for i, text in enumerate(texts)]
         for i, row in enumerate(ids):
             if not 2 <= len(row) <= self.context_length:
                 raise ValueError(f"texts[{i}] has {len(row)} tokens; score takes 2 to {self.context_length}")
         scores = []
         leaves, compiled = self._functions()
-        for begin in range(0, len(ids), batch_size):
-            rows = ids[begin : begin + batch_size]
-            padded, lengths = _pad(rows, self.context_length)
-            logprobs = np.asarray(compiled.score(leaves, padded, lengths))
-            for row, values in zip(rows, logprobs, strict=True):
-                scores.append(Score(token_ids=list(row), logprobs=[float(x) for x in values[: len(row) - 1]]))
+        for batch in batches(ids, self.model.config, batch_size=batch_size, new_tokens=None, device=self._device()):
+            logprobs = np.asarray(compiled.score(leaves, batch.token_ids, batch.lengths))
+            for i, values in enumerate(logprobs[: batch.rows], batch.first):
+                values = values[: len(ids[i]) - 1]
+                if not np.isfinite(values).all():
+                    raise _not_finite(f"texts[{i}]", f"token {int(np.argmin(np.isfinite(values))) + 1}")
+                scores.append(Score(token_ids=list(ids[i]), logprobs=[float(x) for x in values]))
         return scores
 
     def _prepare(
@@ -310,8 +327,8 @@ class LanguageModel:
     ) -> tuple[list[list[int]], int, np.ndarray]:
         """Token ids, the number of new tokens and the end tokens, all checked."""
         defaults = self._defaults
-        if max_new_tokens is not None and max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
+        if max_new_tokens is not None:
+            max_new_tokens = _whole_number("max_new_tokens", max_new_tokens)
         ids = [self._encode(prompt, f"prompts[{i}]") for i, prompt in enumerate(prompts)]
         if max_new_tokens is None:
             longest = max(map(len, ids), default=0)
@@ -330,15 +347,23 @@ class LanguageModel:
                     f"prompts[{i}]: {len(row)} prompt tokens and max_new_tokens={max_new_tokens} are more than the model's context "
                     f"of {self.context_length} (max_position_embeddings)"
                 )
-        ends = self.eos_token_ids if eos_token_ids is None else np.atleast_1d(np.asarray(eos_token_ids, np.int32))
-        return ids, max_new_tokens, np.asarray(list(ends) or [-1], np.int32)
+        ends = self.eos_token_ids if eos_token_ids is None else numbers("eos_token_ids", eos_token_ids, "whole")
+        outside = [int(end) for end in np.atleast_1d(ends) if not -1 <= end < 2**31]
+        if outside:
+            raise ValueError(f"eos_token_ids holds {outside[0]}, expected token ids")
+        return ids, max_new_tokens, end_ids(np.atleast_1d(ends).tolist())
 
     def _encode(self, prompt: Prompt, where: str) -> list[int]:
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise ValueError(f"{where} is text, but the checkpoint folder has no tokenizer files; pass token ids")
             return list(self.tokenizer.encode(prompt))
-        ids = np.asarray(prompt)
+        try:
+            ids = np.asarray(prompt)
+        except ValueError as error:  # NumPy's for a list in a list
+            raise ValueError(
+                f"{where}: expected a string or a flat list of token ids, got a list whose items differ in kind or length"
+            ) from error
         if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
             raise ValueError(f"{where}: expected a string or a list of token ids, got {type(prompt).__name__}")
         self._check_ids(ids, where)
@@ -364,24 +389,29 @@ class LanguageModel:
             seed=seed,
         )
 
-    def _generate_batch(
-        self, ids: list[list[int]], sampling: Sampling, new_tokens: int, ends: np.ndarray
-    ) -> list[Generation]:
-        padded, lengths = _pad(ids, self.context_length)
+    def _generate_batch(self, batch: Batch, sampling: Sampling, new_tokens: int, ends: np.ndarray) -> list[Generation]:
         leaves, compiled = self._functions()
-        out = compiled.generate(
+        decoding = compiled.begin(
             leaves,
-            padded,
-            lengths,
+            batch.token_ids,
+            batch.lengths,
             sampling,
             ends,
-            np.int32(new_tokens),
             capacity=bucket(new_tokens, self.context_length),
-            cache_length=bucket(int(lengths.max()) + new_tokens, self.context_length),
+            cache_length=cache_room(batch.token_ids.shape[1], new_tokens, self.context_length),
         )
-        tokens, logprobs, counts = (np.asarray(x) for x in out)
+        done = 1
+        while True:
+            active, (tokens, logprobs, counts) = jax.device_get((decoding.active, decoding.out))
+            for i in range(batch.rows):
+                if not np.isfinite(logprobs[i, counts[i] - 1]):
+                    raise _not_finite(f"prompts[{batch.first + i}]", f"new token {counts[i] - 1}")
+            if done >= new_tokens or not active.any():
+                break
+            done = min(done + _TOKENS_A_PORTION, new_tokens)
+            decoding = compiled.advance(leaves, decoding, sampling, ends, np.int32(done))
         generations = []
-        for row, row_logprobs, count in zip(tokens, logprobs, counts, strict=True):
+        for row, row_logprobs, count in zip(tokens[: batch.rows], logprobs, counts, strict=False):
             new = [int(token) for token in row[:count]]
             generations.append(
                 Generation(
@@ -394,28 +424,35 @@ class LanguageModel:
         return generations
 
     def _stream_tokens(self, ids: list[int], sampling: Sampling, new_tokens: int, ends: np.ndarray) -> Iterator[int]:
-        padded, lengths = _pad([ids], self.context_length)
+        batch = pad([ids], limit=self.context_length)
         leaves, compiled = self._functions()
-        length = bucket(len(ids) + new_tokens, self.context_length)
-        token, cache = compiled.first(leaves, padded, lengths, sampling, cache_length=length)
+        length = cache_room(batch.token_ids.shape[1], new_tokens, self.context_length)
+        token, logprob, cache = compiled.first(leaves, batch.token_ids, batch.lengths, sampling, cache_length=length)
         for step in range(1, new_tokens + 1):
             # The next step is under way on the device before this token is looked at on the host.
             following = None
             if step < new_tokens:
                 position = np.asarray([len(ids) + step - 1], np.int32)
-                following, cache = compiled.next(leaves, cache, token, position, sampling, np.int32(step))
+                *following, cache = compiled.next(leaves, cache, token, position, sampling, np.int32(step))
             emitted = int(token[0])
+            if not np.isfinite(float(logprob[0])):
+                raise _not_finite("prompt", f"new token {step - 1}")
             yield emitted
             if emitted in ends or following is None:
                 return
-            token = following
+            token, logprob = following
 
-    def _functions(self) -> tuple[list[jax.Array], "_Compiled"]:
+    def _device(self) -> Any:
+        """Where the weights lie; the first of several."""
+        return min(jax.tree.leaves(self.model)[0].devices(), key=lambda device: device.id)
+
+    def _functions(self) -> tuple[list[jax.Array], CompiledModel]:
         """The weights as leaves, and the compiled functions for their structure."""
         leaves, structure = jax.tree.flatten(self.model)
-        if self._compiled is None or self._compiled[0] != structure:
-            self._compiled = structure, _Compiled(structure)
-        return leaves, self._compiled[1]
+        with _MAKING_FUNCTIONS:
+            if self._compiled is None or self._compiled.structure != structure:
+                self._compiled = CompiledModel(structure)
+            return leaves, self._compiled
 
 
 def _as_text(tokens: Iterator[int], stream: TextStream) -> Iterator[str]:
@@ -426,53 +463,28 @@ def _as_text(tokens: Iterator[int], stream: TextStream) -> Iterator[str]:
         yield rest
 
 
-class _Compiled:
-    """The jitted functions of one model structure; each takes the model's leaves first."""
-
-    def __init__(self, structure: Any):
-        def with_model(function: Callable[..., Any], **jit_options: Any) -> Callable[..., Any]:
-            def call(leaves, *args, **options):
-                return function(jax.tree.unflatten(structure, leaves), *args, **options)
-
-            return jax.jit(call, **jit_options)
-
-        self.logits = with_model(_padded_logits)
-        self.score = with_model(_padded_scores)
-        self.generate = with_model(generate, static_argnames=("capacity", "cache_length"))
-        self.first = with_model(_first_token, static_argnames="cache_length")
-        self.next = with_model(_next_token, donate_argnums=1)
+def _check_list(function: str, name: str, values: Any) -> None:
+    if isinstance(values, str) or not hasattr(values, "__len__") or not hasattr(values, "__getitem__"):
+        raise ValueError(
+            f"{function} takes a list of {name}, got a {type(values).__name__}; put a single one in a list"
+        )
+    if isinstance(values, Mapping) or (len(values) and isinstance(values[0], int | np.integer)):
+        raise ValueError(f"{function} takes a list of {name}; put a single one in a list")
 
 
-def _padded_logits(model: CausalLM, token_ids: jax.Array, lengths: jax.Array) -> jax.Array:
-    valid = jnp.arange(token_ids.shape[1])[None] < lengths[:, None]
-    hidden, _ = model.hidden_states(token_ids, valid=valid)
-    return model.logits(hidden)
+def _whole_number(name: str, value: Any) -> int:
+    """A whole number of at least 1; True, 2.5 and 2.0 are none."""
+    if isinstance(value, bool | np.bool_) or not hasattr(value, "__index__") or operator.index(value) < 1:
+        raise ValueError(f"{name} is {value!r}, expected a whole number of at least 1")
+    return operator.index(value)
 
 
-def _padded_scores(model: CausalLM, token_ids: jax.Array, lengths: jax.Array) -> jax.Array:
-    """float32 `[b, t − 1]`: the log-probability of token i + 1 in column i."""
-    logits = _padded_logits(model, token_ids, lengths)[:, :-1]
-    chosen = jnp.take_along_axis(logits, token_ids[:, 1:, None], axis=-1)[..., 0]
-    return chosen - jax.nn.logsumexp(logits, axis=-1)
-
-
-def _first_token(model: CausalLM, token_ids, lengths, sampling: Sampling, *, cache_length: int):
-    logits, cache = prefill(model, model.empty_cache(token_ids.shape[0], cache_length), token_ids, lengths)
-    return sample(logits, sampling, jnp.int32(0))[0], cache
-
-
-def _next_token(model: CausalLM, cache, token, position, sampling: Sampling, step):
-    logits, cache = decode_step(model, cache, token, position)
-    return sample(logits, sampling, step)[0], cache
-
-
-def _pad(rows: Sequence[Sequence[int]], limit: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of token ids as int32 `[b, bucket]`, padded on the right, and their lengths `[b]`."""
-    lengths = np.asarray([len(row) for row in rows], np.int32)
-    padded = np.zeros((len(rows), bucket(int(lengths.max()), limit)), np.int32)
-    for i, row in enumerate(rows):
-        padded[i, : len(row)] = row
-    return padded, lengths
+def _not_finite(where: str, place: str) -> FloatingPointError:
+    return FloatingPointError(
+        f"{where}: the model's logits for {place} are NaN or infinite, so nothing can be chosen or scored. Activations "
+        "beyond what dtype holds are the usual reason: try dtype='float32', or 'bfloat16' in place of 'float16'. If "
+        "float32 fails too, the weights are damaged or the config does not belong to them"
+    )
 
 
 def _children(module: Any) -> str:

@@ -20,8 +20,8 @@ from fp8jax.ops import PartialSums, QActivation
 from fp8jax.qarray import QArray
 from fp8jax.rotary_embedding import rotate
 
-# Queries of a long prompt are taken this many at a time, so that attention scores stay small beside the weights.
-_QUERY_CHUNK = 1024
+# Queries of long prompts are taken so many at a time that their float32 scores stay below this, whatever the batch.
+_SCORE_BYTES = 2**27
 
 
 @jax.tree_util.register_dataclass
@@ -141,6 +141,11 @@ class Attention(nnx.Module):
 
     def __init__(self, config, *, window: int | None):
         c, dtype = config, config.dtype
+        if c.rope.rotary_dim % 2 or not 0 < c.rope.rotary_dim <= c.head_dim:
+            raise ValueError(
+                f"head_dim is {c.head_dim}, of which {c.rope.rotary_dim} channels turn: rotary embedding turns channels in "
+                "pairs, so their number is even and at most head_dim"
+            )
         self.num_heads, self.num_kv_heads, self.head_dim = c.num_heads, c.num_kv_heads, c.head_dim
         self.scale, self.window, self.clip_qkv = c.attention_scale, window, c.clip_qkv
         self.qk_norm = c.qk_norm
@@ -174,7 +179,7 @@ class Attention(nnx.Module):
             cache = cache.write_prompt(k, v) if step.attends == "fresh" else cache.write_at(step.positions, k, v)
         if cache is not None and step.attends == "cache":
             k, v = cache.key, cache.value
-        out = attention(q, k, v, positions=step.positions, scale=self.scale, window=self.window)
+        out = attention(q, k, v, positions=step.positions, scale=self.scale, window=self.window, valid=step.valid)
         return self.o_proj.in_parts(out.swapaxes(1, 2).reshape(b, t, -1), step), cache
 
     def _decodes_in_kernels(self, step: Step, cache: LayerCache) -> bool:
@@ -205,7 +210,14 @@ class Attention(nnx.Module):
 
 
 def attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, *, positions: jax.Array, scale: float, window: int | None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    positions: jax.Array,
+    scale: float,
+    window: int | None,
+    valid: jax.Array | None = None,
 ) -> jax.Array:
     """Causal attention; softmax in float32.
 
@@ -215,19 +227,54 @@ def attention(
         positions: int32 `[b, t]`.
         scale: multiplies the scores.
         window: how many keys a query sees, itself included; None for all before it.
+        valid: bool `[b, t]`, which queries are not padding, None for all; values that only padding sees do not count,
+            not even as NaN.
     Returns:
         `[b, h, t, d]` in the dtype of q.
     """
     b, h, t, d = q.shape
-    if t > _QUERY_CHUNK and t % _QUERY_CHUNK == 0:
-        chunks = t // _QUERY_CHUNK
-        queries = jnp.moveaxis(q.reshape(b, h, chunks, _QUERY_CHUNK, d), 2, 0)
-        places = jnp.moveaxis(positions.reshape(b, chunks, _QUERY_CHUNK), 1, 0)
-        out = lax.map(
-            lambda part: attention(part[0], k, v, positions=part[1], scale=scale, window=window), (queries, places)
-        )
-        return jnp.moveaxis(out, 0, 2).reshape(b, h, t, d)
+    s = k.shape[2]
+    v = jnp.where(_seen(positions, valid, s, window)[:, None, :, None], v, jnp.zeros((), v.dtype))
+    chunk = _query_chunk(b * h * s, t)
+    if chunk == t:
+        return _attend(q, k, v, positions=positions, scale=scale, window=window)
+    chunks = -(-t // chunk)
+    missing = chunks * chunk - t
+    queries = jnp.pad(q, ((0, 0), (0, 0), (0, missing), (0, 0))).reshape(b, h, chunks, chunk, d)
+    places = jnp.pad(positions, ((0, 0), (0, missing)), mode="edge").reshape(b, chunks, chunk)
+    out = lax.map(
+        lambda part: _attend(part[0], k, v, positions=part[1], scale=scale, window=window),
+        (jnp.moveaxis(queries, 2, 0), jnp.moveaxis(places, 1, 0)),
+    )
+    return jnp.moveaxis(out, 0, 2).reshape(b, h, chunks * chunk, d)[:, :, :t]
 
+
+def _seen(positions: jax.Array, valid: jax.Array | None, s: int, window: int | None) -> jax.Array:
+    """bool `[b, s]`: the keys that any valid query of the row sees.
+
+    A key that none sees has weight 0, but 0 · NaN is NaN: what padding, or an earlier user of the cache, left in v must
+    not be multiplied at all.
+    """
+    keys = jnp.arange(s)[None]
+    last = positions if valid is None else jnp.where(valid, positions, -1)
+    seen = keys <= last.max(axis=1)[:, None]
+    if window is not None:
+        first = positions if valid is None else jnp.where(valid, positions, s)
+        seen &= keys > first.min(axis=1)[:, None] - window
+    return seen
+
+
+def _query_chunk(scores_a_query: int, t: int) -> int:
+    """How many of t queries run at once: all, or a power of two."""
+    most = max(_SCORE_BYTES // (4 * scores_a_query), 1)
+    return t if t <= most else 2 ** (most.bit_length() - 1)
+
+
+def _attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, *, positions: jax.Array, scale: float, window: int | None
+) -> jax.Array:
+    """`attention` of queries whose scores exist all at once."""
+    b, h, t, d = q.shape
     kv_heads, s = k.shape[1:3]
     precision = ops.precision_of(q.dtype)
     grouped = q.reshape(b, kv_heads, h // kv_heads, t, d)

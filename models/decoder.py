@@ -16,9 +16,11 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from fp8jax import ops
+from fp8jax.explicit_sharding import with_automatic_axes
 from fp8jax.fused_ops import times
 from fp8jax.kv_cache import KVCache, LayerCache, empty_cache
 from fp8jax.layers import MLP, Attention, Embedding, Linear, RMSNorm, Step
@@ -179,10 +181,21 @@ class CausalLM(nnx.Module):
         Returns:
             `[b, t, hidden]` in the config's dtype, and the cache.
         Raises:
-            ValueError: `start` without a cache.
+            ValueError: `start` without a cache, a cache that is not this model's or batch's or is shorter than the
+                tokens, more tokens than the context.
         """
         if start is not None and cache is None:
             raise ValueError("hidden_states: rows that continue (start=…) need the cache that holds what they continue")
+        if token_ids.ndim != 2 or not jnp.issubdtype(token_ids.dtype, jnp.integer):
+            raise ValueError(f"token ids are {token_ids.dtype}{list(token_ids.shape)}, expected int [b, t]")
+        b, t = token_ids.shape
+        if t > self.config.max_position_embeddings:
+            raise ValueError(f"{t} tokens are more than the model's context of {self.config.max_position_embeddings}")
+        if cache is not None:
+            self._check_cache(cache, b, t)
+        return with_automatic_axes(_hidden_states, self.model.embed_tokens.weight, self, token_ids, cache, start, valid)
+
+    def _hidden_states(self, token_ids, cache, start, valid) -> tuple[jax.Array, KVCache | None]:
         b, t = token_ids.shape
         positions = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32), (b, t))
         if start is not None:
@@ -201,12 +214,18 @@ class CausalLM(nnx.Module):
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Logits of hidden states `[..., hidden]`: float32 `[..., vocab]`."""
         weight = self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        return with_automatic_axes(self._logits, weight, hidden, weight)
+
+    def _logits(self, hidden: jax.Array, weight: jax.Array) -> jax.Array:
         logits = ops.product(hidden, weight)
         return logits / jnp.float32(self.config.logits_divisor) if self.config.logits_divisor != 1 else logits
 
     def empty_cache(self, batch: int, length: int) -> KVCache:
         """A cache for `batch` rows of up to `length` tokens."""
         c = self.config
+        for name, value in (("batch", batch), ("length", length)):
+            if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+                raise ValueError(f"empty_cache: {name} is {value!r}, expected a whole number of at least 1")
         return empty_cache(
             layers=c.num_layers,
             batch=batch,
@@ -215,3 +234,22 @@ class CausalLM(nnx.Module):
             head_dim=c.head_dim,
             dtype=c.dtype,
         )
+
+    def _check_cache(self, cache: KVCache, batch: int, tokens: int) -> None:
+        c = self.config
+        if len(cache) != c.num_layers:
+            raise ValueError(f"the cache is of {len(cache)} layers, the model of {c.num_layers}; see empty_cache")
+        for index, layer in enumerate(cache):
+            for side in (layer.key, layer.value):
+                length = side.shape[2] if side.ndim == 4 else 0
+                if side.shape != (batch, c.num_kv_heads, length, c.head_dim):
+                    raise ValueError(
+                        f"layer {index} of the cache is {list(side.shape)}, expected [{batch}, {c.num_kv_heads}, length, "
+                        f"{c.head_dim}] for {batch} rows; see empty_cache"
+                    )
+                if length < tokens:
+                    raise ValueError(f"the cache has room for {length} tokens a row, fewer than the {tokens} given")
+
+
+def _hidden_states(model: CausalLM, token_ids, cache, start, valid) -> tuple[jax.Array, KVCache | None]:
+    return model._hidden_states(token_ids, cache, start, valid)

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,14 +11,29 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fp8jax import evaluation
+from fp8jax import compiled_model, evaluation
 
 V = 11
+lax_map = jax.lax.map
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Bigram:
+    """Hidden state: the token. Logits: its row of a table."""
+
+    table: jax.Array
+
+    def hidden_states(self, token_ids):
+        return token_ids, None
+
+    def logits(self, hidden):
+        return self.table[hidden]
 
 
 def bigram_model(table: np.ndarray) -> Any:
-    """The part of a LanguageModel that evaluation uses: `.model`, a pytree that can be called under jit."""
-    return SimpleNamespace(model=jax.tree_util.Partial(lambda table, ids: table[ids], jnp.asarray(table, jnp.float32)))
+    """The part of a LanguageModel that evaluation uses: `.model`, a pytree with hidden states and their logits."""
+    return SimpleNamespace(model=Bigram(jnp.asarray(table, jnp.float32)))
 
 
 def random_table(seed: int) -> np.ndarray:
@@ -59,6 +75,23 @@ def test_comparison_equals_float64_numpy_whatever_the_batching(n, window, batch_
     for name in ("perplexity", "reference_perplexity", "kl"):
         # float32 log-softmax of logits up to 8: each term good to a few 1e-7 of 8
         assert getattr(got, name) == pytest.approx(wanted[name], rel=5e-6), name
+
+
+def test_chunks_of_positions_change_nothing(monkeypatch):
+    """Logits of both models for four positions at a time, of fifteen."""
+    reference, table = bigram_model(random_table(6)), bigram_model(random_table(7))
+    windows = np.random.default_rng(6).integers(0, V, (3, 6)).astype(np.int32)
+    whole = evaluation.compare(reference, table, windows, batch_size=3)
+    chunks = []
+    monkeypatch.setattr(compiled_model, "_LOGITS_BYTES", 4 * 2 * V * 5)
+    monkeypatch.setattr(
+        jax.lax, "map", lambda f, xs, batch_size: chunks.append(batch_size) or lax_map(f, xs, batch_size=batch_size)
+    )
+    jax.clear_caches()
+    parts = evaluation.compare(reference, table, windows, batch_size=3)
+    assert chunks == [4]
+    for name in ("perplexity", "reference_perplexity", "kl", "top1_agreement", "tokens"):
+        assert getattr(parts, name) == pytest.approx(getattr(whole, name), rel=1e-6), name  # float32 sums
 
 
 def test_a_model_compared_with_itself_differs_by_nothing():

@@ -9,7 +9,6 @@ import pytest
 from golden_checkpoints import GOLDENS, SCHEMES, golden, load, relative_error
 
 import fp8jax
-from fp8jax.generation import bucket
 
 prefill = jax.jit(fp8jax.prefill, donate_argnums=1)
 decode_step = jax.jit(fp8jax.decode_step, donate_argnums=1)
@@ -184,25 +183,6 @@ def test_mistakes_are_found_before_any_work(prompts, options, message, monkeypat
     monkeypatch.setattr(lm, "_functions", lambda: pytest.fail("work was done"))
     with pytest.raises(ValueError, match=message):
         lm.generate(prompts, **{"max_new_tokens": 4, **options})
-
-
-def test_a_new_length_rarely_compiles():
-    lm = fp8jax.load_quantized(GOLDENS / "llama2", None, dtype="float32")
-    for length in range(1, 14):
-        lm.generate([[3] * length], max_new_tokens=2 + length % 2, temperature=0)
-    assert lm._functions()[1].generate._cache_size() == 1
-    assert [bucket(n, 4096) for n in (1, 16, 17, 25, 33, 49, 100, 1000, 4000)] == [
-        16,
-        16,
-        24,
-        32,
-        48,
-        64,
-        128,
-        1024,
-        4096,
-    ]
-    assert bucket(300, 512) == 384 and bucket(500, 500) == 500
 
 
 def numpy_filter(logits, temperature, top_k, top_p, min_p):
