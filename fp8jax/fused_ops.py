@@ -44,7 +44,9 @@ def rms_norm(x: jax.Array, weight: jax.Array, *, epsilon: float) -> jax.Array:
     """x / rms(x) · weight, the mean square in float32, the normalised value cast to x's dtype before the weight comes in."""
     wide = x.astype(jnp.float32)
     mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
-    return (wide * lax.rsqrt(mean_square + jnp.float32(epsilon))).astype(x.dtype) * weight
+    return (wide * lax.rsqrt(mean_square + jnp.float32(epsilon))).astype(x.dtype) * weight.reshape(
+        (1,) * (x.ndim - 1) + (-1,)
+    )
 
 
 def add_rms_norm(

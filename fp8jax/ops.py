@@ -270,12 +270,17 @@ def _weight_only_matmul(x: jax.Array, w: QArray, bias: jax.Array | None, out_dty
     if w.scheme.weight == "block":
         # One rounding more than scaling the sums, but a sum over k meets many blocks.
         return matmul(x, dequantize(w).astype(x.dtype), bias=bias).astype(out_dtype)
-    codes = w.qvalue.astype(x.dtype)  # exact in every activation dtype
+    # Codes are exact in every activation dtype, also times the power of two in the scale, without which sums might overflow. It ends
+    # at 2⁻¹⁰⁰, where they no longer can and the smallest code would vanish; float16 activations are too small for either.
+    scale = jnp.atleast_1d(w.scale).reshape(-1, 1)
+    power = lax.bitcast_convert_type(lax.bitcast_convert_type(scale, jnp.uint32) & jnp.uint32(255 << 23), jnp.float32)
+    power = jnp.ones_like(scale) if x.dtype == jnp.float16 else jnp.maximum(power, jnp.float32(2.0**-100))
+    codes = w.qvalue.astype(x.dtype) * power.astype(x.dtype)
     out = lax.dot_general(
         x, codes, (((1,), (1,)), ((), ())), precision=precision_of(x.dtype), preferred_element_type=jnp.float32
     )
-    out = out * w.scale.reshape(1, -1)
-    return (out if bias is None else out + bias.astype(jnp.float32)).astype(out_dtype)
+    out = out * (scale / power).reshape(1, -1)
+    return _with_bias(out, bias).astype(out_dtype)
 
 
 def matmul(x: jax.Array, w: jax.Array, *, bias: jax.Array | None = None) -> jax.Array:
@@ -291,9 +296,11 @@ def matmul(x: jax.Array, w: jax.Array, *, bias: jax.Array | None = None) -> jax.
     out = lax.dot_general(
         x, w, (((x.ndim - 1,), (1,)), ((), ())), precision=precision_of(x.dtype), preferred_element_type=jnp.float32
     )
-    if bias is not None:
-        out = out + bias.astype(jnp.float32)
-    return out.astype(x.dtype)
+    return _with_bias(out, bias).astype(x.dtype)
+
+
+def _with_bias(out: jax.Array, bias: jax.Array | None) -> jax.Array:
+    return out if bias is None else out + bias.astype(jnp.float32).reshape((1,) * (out.ndim - 1) + (-1,))
 
 
 def grouped_scaled_matmul(
