@@ -10,17 +10,22 @@ A layer in decode is ten kernels where these fuse, and more than twenty where XL
 Each takes `reader`, the weight of the layer that reads its result. If that is a `QArray` and a fused kernel exists for
 the case and the device, the result is a `QActivation`; in any other case it is a float array, computed by the plain
 lines below, and the reader quantizes it itself. So a fusion that is missing costs time, never an error.
+
+The gradient of a fused kernel is that of the plain lines (`gradients.with_gradient_of`). The two kernels that only decode has
+refuse to be differentiated: training runs whole sequences, without a cache.
 """
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from fp8jax import gradients, ops
 from fp8jax.kernel_choice import Implementation, device_kind, runs_kernel
 from fp8jax.kv_cache import LayerCache
-from fp8jax.ops import PartialSums, QActivation, quantize_activation
+from fp8jax.ops import PartialSums, QActivation
 from fp8jax.pallas_kernels import decode_attention as attention_kernel
 from fp8jax.pallas_kernels import grouped_gate_up, quantize, rms_norm_quantize, rope_cache, silu_mul_quantize
 from fp8jax.pallas_kernels.interpret_mode import interpreting
@@ -29,13 +34,19 @@ from fp8jax.schemes import ActivationGranularity
 
 # Of group scales: those of one tile are neighbours for the matmul kernel that reads them.
 _LAYOUT = "gm"
+_DECODE_HAS_NO_GRADIENT = (
+    "the kernels of a decode step (rope and cache write, attention over the cache) have no gradient. Run the whole sequence at once "
+    "without a cache, model(token_ids), or load the model with implementation='xla', whose steps can be differentiated"
+)
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, *, epsilon: float) -> jax.Array:
     """x / rms(x) · weight, the mean square in float32, the normalised value cast to x's dtype before the weight comes in."""
     wide = x.astype(jnp.float32)
     mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
-    return (wide * lax.rsqrt(mean_square + jnp.float32(epsilon))).astype(x.dtype) * weight
+    return (wide * lax.rsqrt(mean_square + jnp.float32(epsilon))).astype(x.dtype) * weight.reshape(
+        (1,) * (x.ndim - 1) + (-1,)
+    )
 
 
 def add_rms_norm(
@@ -64,28 +75,39 @@ def add_rms_norm(
         the normalised rows, `[..., h]` or a `QActivation` `[m, h]`; and the new stream.
     """
     granularity, h = _granularity(reader), stream.shape[-1]
-    if granularity is not None:
-        m = stream.size // h
-        unsupported = rms_norm_quantize.supported(m, h, stream.dtype, granularity)
-        if runs_kernel("rms_norm_quantize", implementation, unsupported, otherwise="reference"):
-            x = stream.reshape(m, h) if added is None else _rows(added)
-            new, codes, scale, *rows = rms_norm_quantize.rms_norm_quantize_triton(
-                x,
-                weight,
-                granularity,
-                epsilon=epsilon,
-                residual=None if added is None else stream.reshape(m, h),
-                residual_multiplier=multiplier,
-                dtype=stream.dtype,
-                scale_layout=_LAYOUT,
-                keep=keep,
-                interpret=interpreting(),
-            )
-            plain = rows[0].reshape(stream.shape) if rows else None
-            return QActivation(codes, scale, granularity, _LAYOUT, plain), new.reshape(stream.shape)
-    if added is not None:
-        stream = stream + times(_whole(added), multiplier)
-    return rms_norm(stream, weight, epsilon=epsilon), stream
+
+    def plain(
+        stream: jax.Array, added: jax.Array | PartialSums | None, weight: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        if added is not None:
+            stream = stream + times(_whole(added), multiplier)
+        return rms_norm(stream, weight, epsilon=epsilon), stream
+
+    m = stream.size // h
+    unsupported = None if granularity is None else rms_norm_quantize.supported(m, h, stream.dtype, granularity)
+    if granularity is None or not runs_kernel("rms_norm_quantize", implementation, unsupported, otherwise="reference"):
+        return plain(stream, added, weight)
+    interpret = interpreting()
+
+    def kernel(stream: jax.Array, added: jax.Array | PartialSums | None, weight: jax.Array) -> tuple[Any, Any]:
+        new, codes, scale, *rows = rms_norm_quantize.rms_norm_quantize_triton(
+            stream.reshape(m, h) if added is None else _rows(added),
+            weight,
+            granularity,
+            epsilon=epsilon,
+            residual=None if added is None else stream.reshape(m, h),
+            residual_multiplier=multiplier,
+            dtype=stream.dtype,
+            scale_layout=_LAYOUT,
+            keep=keep,
+            interpret=interpret,
+        )
+        normalised = rows[0].reshape(stream.shape) if rows else jnp.zeros_like(stream)
+        return (normalised, new.reshape(stream.shape)), (codes, scale)
+
+    (normalised, new), (codes, scale) = gradients.with_gradient_of(plain, kernel, stream, added, weight)
+    rows = normalised if keep == "codes and rows" else None
+    return QActivation(codes, scale, granularity, _LAYOUT, rows, carrier=normalised.reshape(m, h)), new
 
 
 def silu_mul(gate_up: jax.Array) -> jax.Array:
@@ -107,16 +129,25 @@ def silu_mul_for(
         `[..., i]`, or a `QActivation` `[m, i]`.
     """
     granularity = _granularity(reader)
-    if granularity is not None:
-        x = _rows(gate_up)
-        dtype = gate_up.dtype
-        unsupported = silu_mul_quantize.supported(x.shape[-2], x.shape[-1] // 2, dtype, granularity)
-        if runs_kernel("silu_mul_quantize", implementation, unsupported, otherwise="reference"):
-            codes, scale = silu_mul_quantize.silu_mul_quantize_triton(
-                x, granularity, dtype=dtype, scale_layout=_LAYOUT, interpret=interpreting()
-            )
-            return QActivation(codes, scale, granularity, _LAYOUT)
-    return silu_mul(_whole(gate_up))
+    *_, m, width = (rows := _rows(gate_up)).shape
+    unsupported = (
+        None if granularity is None else silu_mul_quantize.supported(m, width // 2, gate_up.dtype, granularity)
+    )
+    if granularity is None or not runs_kernel("silu_mul_quantize", implementation, unsupported, otherwise="reference"):
+        return silu_mul(_whole(gate_up))
+    dtype, interpret = gate_up.dtype, interpreting()
+
+    def plain(rows: jax.Array) -> jax.Array:
+        return silu_mul(rows if rows.ndim == 2 else PartialSums(rows, dtype).total())
+
+    def kernel(rows: jax.Array) -> tuple[Any, Any]:
+        quantized = silu_mul_quantize.silu_mul_quantize_triton(
+            rows, granularity, dtype=dtype, scale_layout=_LAYOUT, interpret=interpret
+        )
+        return jnp.zeros((m, width // 2), dtype), quantized
+
+    carrier, (codes, scale) = gradients.with_gradient_of(plain, kernel, rows)
+    return QActivation(codes, scale, granularity, _LAYOUT, carrier=carrier)
 
 
 def grouped_gate_up_for(
@@ -153,24 +184,51 @@ def grouped_gate_up_for(
     if not runs_kernel("grouped_gate_up", implementation, unsupported, otherwise="reference"):
         return None
     if not isinstance(x, QActivation):
-        x = quantize_activation(x, "group", scale_layout=_LAYOUT, implementation=implementation)
+        x = ops.quantize_activation(x, "group", scale_layout=_LAYOUT, implementation=implementation)
     if x.granularity != "group":
         raise ValueError(
             f"grouped_gate_up: x was quantized per {x.granularity}, but scheme {w.scheme.name!r} wants group"
         )
-    codes, scale = grouped_gate_up.grouped_gate_up_triton(
-        x.qvalue,
-        x.scale,
-        w.qvalue,
-        w.scale,
-        sizes,
-        rows,
-        dtype=dtype,
-        x_scale_layout=x.scale_layout,
-        work=work if block_m_of_work == grouped_gate_up.default_config().block_m else None,
-        interpret=interpreting(),
-    )
-    return QActivation(codes, scale, "group", _LAYOUT)
+    layout, interpret = x.scale_layout, interpreting()
+    x_dtype = None if x.carrier is None else x.carrier.dtype
+
+    def kernel(carrier, x, w, sizes, rows, work) -> tuple[jax.Array, jax.Array, jax.Array]:
+        del carrier
+        codes, scale = grouped_gate_up.grouped_gate_up_triton(
+            x.qvalue,
+            x.scale,
+            w.qvalue,
+            w.scale,
+            sizes,
+            rows,
+            dtype=dtype,
+            x_scale_layout=layout,
+            work=work,
+            interpret=interpret,
+        )
+        return jnp.zeros((slots, n // 2), dtype), codes, scale
+
+    def backward(kept: tuple[Any, ...], cotangents: tuple[jax.Array, ...]) -> tuple[Any, ...]:
+        if x_dtype is None:
+            return (None,) * 6
+        x, w, sizes, rows, _ = kept
+
+        def plain(carrier: jax.Array) -> jax.Array:
+            # gate_up is computed once more, which is what not writing it costs.
+            runs = "xla" if interpret else implementation
+            carrying = replace(x, carrier=carrier)
+            return silu_mul(
+                ops.grouped_scaled_matmul(carrying, w, sizes, rows=rows, out_dtype=dtype, implementation=runs)
+            )
+
+        (dx,) = jax.vjp(plain, jnp.zeros(x.shape, x_dtype))[1](cotangents[0])
+        return dx, None, None, None, None, None
+
+    fits = block_m_of_work == grouped_gate_up.default_config().block_m
+    operands = (x.carrier, x.without_carrier(), gradients.constant_weight(w), sizes, rows, work if fits else None)
+    carrier, codes, scale = gradients.with_backward(kernel, backward, *operands, kept=lambda _, *kept: kept)
+    codes, scale = lax.stop_gradient((codes, scale))
+    return QActivation(codes, scale, "group", _LAYOUT, carrier=carrier)
 
 
 def decodes_in_kernels(h: int, cache: LayerCache, dtype: Any, implementation: Implementation) -> bool:
@@ -209,6 +267,7 @@ def rope_and_write(
     Returns:
         q `[b, h, d]` and the cache.
     """
+    qkv, cache = gradients.refused((qkv, cache), NotImplementedError(_DECODE_HAS_NO_GRADIENT))
     q, key, value = rope_cache.rope_cache_triton(
         _rows(qkv),
         cos,
@@ -242,6 +301,7 @@ def decode_attention(
         `[b, 1, h · d]`, or a `QActivation` `[b, h · d]`.
     """
     granularity, (b, h, d) = _granularity(reader), q.shape
+    q, cache = gradients.refused((q, cache), NotImplementedError(_DECODE_HAS_NO_GRADIENT))
     if granularity is not None and quantize.supported(b, h * d, q.dtype, granularity) is None:
         codes, scales = attention_kernel.decode_attention_quantize_triton(
             q,

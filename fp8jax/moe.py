@@ -34,7 +34,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from fp8jax import fused_ops, ops
+from fp8jax import fused_ops, gradients, ops
 from fp8jax.kernel_choice import runs_kernel
 from fp8jax.layers import Step
 from fp8jax.ops import PartialSums, QActivation
@@ -258,9 +258,18 @@ def assign(
         return sort_by_expert(*route(logits, config), e, valid)
     weight_dtype = logits.dtype.name if config.weight_dtype == "activation" else "float32"
     rule = expert_routing.Rule(k, config.softmax_over, config.renormalise, weight_dtype)
-    row, out_row, weight, sizes, work = expert_routing.route_experts_triton(
-        logits, rule, block_m, valid=valid, interpret=interpreting()
-    )
+    interpret = interpreting()
+
+    def plain(logits: jax.Array, valid: jax.Array | None) -> jax.Array:
+        return sort_by_expert(*route(logits, config), e, valid).weight
+
+    def kernel(logits: jax.Array, valid: jax.Array | None) -> tuple[jax.Array, Any]:
+        row, out_row, weight, *rest = expert_routing.route_experts_triton(
+            logits, rule, block_m, valid=valid, interpret=interpret
+        )
+        return weight, (row, out_row, *rest)
+
+    weight, (row, out_row, sizes, work) = gradients.with_gradient_of(plain, kernel, logits, valid)
     return Slots(row, out_row, weight, sizes, work, block_m)
 
 

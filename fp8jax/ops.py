@@ -11,9 +11,11 @@ leaves a sum to its successor, which reads the result anyway.
 
 Where "auto" finds a GPU without FP8 tensor cores, weights stay FP8 in memory and products are those of the activation
 dtype: x @ (q · s).T with x as it is.
+
+All of them differentiate with respect to x, the bias and the weights of slots; see `gradients`.
 """
 
-import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -21,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fp8jax import kernel_choice
+from fp8jax import gradients, kernel_choice
 from fp8jax.kernel_choice import IMPLEMENTATIONS as IMPLEMENTATIONS
 from fp8jax.kernel_choice import Implementation as Implementation
 from fp8jax.pallas_kernels import block_scaled_matmul as block_kernel
@@ -33,7 +35,7 @@ from fp8jax.pallas_kernels.grouped_matmul_kernel import grouped_scaled_matmul_tr
 from fp8jax.pallas_kernels.interpret_mode import interpreting
 from fp8jax.pallas_kernels.quantize import ScaleLayout
 from fp8jax.qarray import QArray, SplitQArray, dequantize
-from fp8jax.schemes import ActivationGranularity
+from fp8jax.schemes import BLOCK, ActivationGranularity
 
 
 @jax.tree_util.register_dataclass
@@ -44,6 +46,8 @@ class QActivation:
     Args:
         scale_layout: of "group" scales, `[m, groups]` or `[groups, m]` (static).
         plain: the float array that was quantized, `[..., k]`, where something else reads it too (a router).
+        carrier: `[m, k]` in the dtype that was quantized; what it holds is read by no one, its cotangent is that of the
+            activations (see `gradients`). None for codes that are constants.
     """
 
     qvalue: jax.Array
@@ -51,6 +55,7 @@ class QActivation:
     granularity: ActivationGranularity = field(metadata={"static": True})
     scale_layout: ScaleLayout = field(default="mg", metadata={"static": True})
     plain: jax.Array | None = None
+    carrier: jax.Array | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -59,6 +64,18 @@ class QActivation:
     def scale_by_row(self) -> jax.Array:
         """The scales as the references take them."""
         return self.scale.T if self.granularity == "group" and self.scale_layout == "gm" else self.scale
+
+    def dequantized(self) -> jax.Array:
+        """The activations that the codes stand for: float32 `[m, k]`."""
+        scale, k = self.scale_by_row(), self.shape[1]
+        if self.granularity == "group":
+            scale = jnp.repeat(scale, BLOCK, axis=1)[:, :k]
+        return self.qvalue.astype(jnp.float32) * scale.reshape(-1, scale.shape[-1])
+
+    def without_carrier(self) -> "QActivation":
+        """Codes and scales alone, and an error for who differentiates with respect to them."""
+        codes, scale = gradients.constant_activation((self.qvalue, self.scale))
+        return QActivation(codes, scale, self.granularity, self.scale_layout)
 
 
 @jax.tree_util.register_dataclass
@@ -86,7 +103,7 @@ def quantize_activation(
     scale_layout: ScaleLayout = "mg",
     implementation: Implementation = "auto",
 ) -> QActivation:
-    """Quantize rows of activations.
+    """Quantize rows of activations. The gradient passes as if nothing were rounded.
 
     Args:
         x: float `[m, k]`.
@@ -99,6 +116,7 @@ def quantize_activation(
     """
     m, k = x.shape
     unsupported = quantize.supported(m, k, x.dtype, granularity)
+    carrier, x = x, lax.stop_gradient(x)
     if kernel_choice.runs_kernel("quantize_activation", implementation, unsupported):
         codes, scale = quantize.quantize_activation_triton(
             x, granularity, scale_layout=scale_layout, interpret=interpreting()
@@ -106,7 +124,7 @@ def quantize_activation(
     else:
         codes, scale = quantize.quantize_activation_reference(x, granularity, valid=valid)
         scale = scale.T if granularity == "group" and scale_layout == "gm" else scale
-    return QActivation(codes, scale, granularity, scale_layout)
+    return QActivation(codes, scale, granularity, scale_layout, carrier=carrier)
 
 
 def scaled_matmul(
@@ -166,6 +184,7 @@ def _scaled_matmul(
     (m, k), w_shape = x.shape, w.shape
     if len(w_shape) != 2 or k != w_shape[1]:
         raise ValueError(f"scaled_matmul: x [m, k] is {(m, k)} and w [n, k] is {w_shape}; k must be the same")
+    w = gradients.constant_weight(w)
     if not isinstance(x, QActivation):
         if kernel_choice.weight_only(implementation):
             return _weight_only_matmul(x, w, bias, out_dtype)
@@ -175,21 +194,56 @@ def _scaled_matmul(
         raise ValueError(
             f"scaled_matmul: x was quantized per {x.granularity}, but scheme {w.scheme.name!r} wants {w.scheme.activation}"
         )
+    out_dtype = jnp.dtype(out_dtype)
+    config = _kernel_config(w, m, out_dtype, implementation)
+    splits, per_split = config.splits(k) if config and m else (1, 0)
+    in_parts = sums == "in parts" and splits > 1
+    width = per_split * config.block_k if config and in_parts else k  # of the inputs that a part sums over
+    interpret = interpreting()
+    x_dtype, bias_dtype = (None if array is None else array.dtype for array in (x.carrier, bias))
 
+    def forward(
+        carrier: jax.Array | None, x: QActivation, w: QArray, bias: jax.Array | None
+    ) -> jax.Array | PartialSums:
+        del carrier
+        return _product_of_codes(x, w, bias, out_dtype, config, "in parts" if in_parts else "added", interpret)
+
+    def backward(w: QArray, dy: jax.Array | PartialSums) -> tuple[jax.Array | None, None, None, jax.Array | None]:
+        parts, dx, d_bias = dy.parts if isinstance(dy, PartialSums) else dy[None], None, None
+        if x_dtype is not None:
+            columns = jnp.split(dequantize(w), list(range(width, k, width)), axis=1)
+            pieces = [gradients.product_with(*of_part, x_dtype) for of_part in zip(parts, columns, strict=True)]
+            dx = jnp.concatenate(pieces, axis=1).astype(x_dtype)
+        if bias_dtype is not None:
+            d_bias = jnp.sum(parts[0].astype(jnp.float32), axis=0).astype(bias_dtype)  # the first part adds it
+        return dx, None, None, d_bias
+
+    operands = x.carrier, x.without_carrier(), w, bias
+    return gradients.with_backward(forward, backward, *operands, kept=lambda carrier, x, w, bias: w)
+
+
+def _product_of_codes(
+    x: QActivation,
+    w: QArray,
+    bias: jax.Array | None,
+    out_dtype: jnp.dtype,
+    config: matmul_config.Config | None,
+    sums: Literal["added", "in parts"],
+    interpret: bool,
+) -> jax.Array | PartialSums:
     blocks = w.scheme.weight == "block"
-    config = _kernel_config(w, m, jnp.dtype(out_dtype), implementation)
     operands = (x.qvalue, x.scale, w.qvalue, w.scale)
     if config is None:
         reference = block_kernel.block_scaled_matmul_reference if blocks else scaled_kernel.scaled_matmul_reference
         return reference(x.qvalue, x.scale_by_row(), w.qvalue, w.scale, bias=bias, out_dtype=out_dtype)
-    options = {"bias": bias, "config": config, "interpret": interpreting()}
+    options = {"bias": bias, "config": config, "interpret": interpret}
     if blocks:
         options["x_scale_layout"] = x.scale_layout
-    if sums == "in parts" and m and config.splits(k)[0] > 1:
+    if sums == "in parts":
         in_parts = block_kernel.block_scaled_matmul_partials if blocks else scaled_kernel.scaled_matmul_partials
-        return PartialSums(in_parts(*operands, **options), jnp.dtype(out_dtype))
+        return PartialSums(in_parts(*operands, **options), out_dtype)
     whole = block_kernel.block_scaled_matmul_triton if blocks else scaled_kernel.scaled_matmul_triton
-    return whole(*operands, out_dtype=jnp.dtype(out_dtype), **options)
+    return whole(*operands, out_dtype=out_dtype, **options)
 
 
 def _kernel_config(
@@ -216,12 +270,17 @@ def _weight_only_matmul(x: jax.Array, w: QArray, bias: jax.Array | None, out_dty
     if w.scheme.weight == "block":
         # One rounding more than scaling the sums, but a sum over k meets many blocks.
         return matmul(x, dequantize(w).astype(x.dtype), bias=bias).astype(out_dtype)
-    codes = w.qvalue.astype(x.dtype)  # exact in every activation dtype
+    # Codes are exact in every activation dtype, also times the power of two in the scale, without which sums might overflow. It ends
+    # at 2⁻¹⁰⁰, where they no longer can and the smallest code would vanish; float16 activations are too small for either.
+    scale = jnp.atleast_1d(w.scale).reshape(-1, 1)
+    power = lax.bitcast_convert_type(lax.bitcast_convert_type(scale, jnp.uint32) & jnp.uint32(255 << 23), jnp.float32)
+    power = jnp.ones_like(scale) if x.dtype == jnp.float16 else jnp.maximum(power, jnp.float32(2.0**-100))
+    codes = w.qvalue.astype(x.dtype) * power.astype(x.dtype)
     out = lax.dot_general(
         x, codes, (((1,), (1,)), ((), ())), precision=precision_of(x.dtype), preferred_element_type=jnp.float32
     )
-    out = out * w.scale.reshape(1, -1)
-    return (out if bias is None else out + bias.astype(jnp.float32)).astype(out_dtype)
+    out = out * (scale / power).reshape(1, -1)
+    return _with_bias(out, bias).astype(out_dtype)
 
 
 def matmul(x: jax.Array, w: jax.Array, *, bias: jax.Array | None = None) -> jax.Array:
@@ -234,10 +293,11 @@ def matmul(x: jax.Array, w: jax.Array, *, bias: jax.Array | None = None) -> jax.
     Returns:
         `[..., n]` in the dtype of x.
     """
-    out = product(x, w)
-    if bias is not None:
-        out = out + bias.astype(jnp.float32)
-    return out.astype(x.dtype)
+    return _with_bias(product(x, w), bias).astype(x.dtype)
+
+
+def _with_bias(out: jax.Array, bias: jax.Array | None) -> jax.Array:
+    return out if bias is None else out + bias.astype(jnp.float32).reshape((1,) * (out.ndim - 1) + (-1,))
 
 
 def product(x: jax.Array, w: jax.Array) -> jax.Array:
@@ -284,6 +344,7 @@ def grouped_scaled_matmul(
         out_dtype = jnp.dtype(jnp.bfloat16 if isinstance(x, QActivation) else x.dtype)
     per_slot = {"rows": rows, "row_weight": row_weight, "out_rows": out_rows}
     _check_groups("grouped_scaled_matmul", x.shape, w.shape, sizes, per_slot)
+    w, out_dtype = gradients.constant_weight(w), jnp.dtype(out_dtype)
     if not isinstance(x, QActivation):
         if kernel_choice.weight_only(implementation):
             return _weight_only_grouped_matmul(x, w, sizes, per_slot, out_dtype)
@@ -294,19 +355,75 @@ def grouped_scaled_matmul(
         )
     if w.scheme.weight == "channel":
         raise ValueError(f"grouped_scaled_matmul: stacks of experts have no scales per channel, got {w.scheme}")
-    if isinstance(w, SplitQArray):
-        of_part = functools.partial(
-            grouped_scaled_matmul,
-            **per_slot,
-            work=work,
-            block_m_of_work=block_m_of_work,
-            sums=sums,
-            out_dtype=out_dtype,
-            implementation=implementation,
-        )
-        return jnp.concatenate([of_part(x, part, sizes) for part in w.parts], axis=1)
     slots = x.shape[0] if rows is None else rows.shape[0]
-    config = _grouped_kernel_config(w, x.shape[0], slots, implementation, sums=sums)
+    interpret = interpreting()
+    configs = [_grouped_kernel_config(part, x.shape[0], slots, implementation, sums=sums) for part in _parts(w)]
+
+    def forward(carrier, per_slot, x, w, sizes, work) -> jax.Array:
+        del carrier
+        outputs = [
+            _grouped_product_of_codes(
+                x,
+                part,
+                sizes,
+                per_slot,
+                work if config and block_m_of_work == config.block_m else None,
+                out_dtype,
+                config,
+                interpret,
+            )
+            for part, config in zip(_parts(w), configs, strict=True)
+        ]
+        return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=1)
+
+    operands = (x.carrier, per_slot, x.without_carrier(), w, sizes, work)
+    return gradients.with_backward(forward, _grouped_backward(x.carrier), *operands, kept=lambda _, *kept: kept)
+
+
+def _grouped_backward(carrier: jax.Array | None) -> Callable[[Any, jax.Array], tuple[Any, ...]]:
+    """The backward rule of a grouped product of (carrier, per_slot, x, w, sizes, work)."""
+    dtype = None if carrier is None else carrier.dtype
+
+    def backward(kept: tuple[Any, ...], dy: jax.Array) -> tuple[Any, ...]:
+        per_slot, x, w, sizes, _ = kept
+
+        def weight_of(expert: jax.Array) -> jax.Array:
+            return jnp.concatenate([dequantize(_expert(part, expert)) for part in _parts(w)])
+
+        dx, d_row_weight = gradients.grouped_backward(
+            dy,
+            weight_of,
+            lambda: x.dequantized() if isinstance(x, QActivation) else x,
+            x.shape,
+            sizes,
+            **per_slot,
+            dtype=jnp.float32 if dtype is None else dtype,
+        )
+        d_per_slot = {"rows": None, "row_weight": d_row_weight, "out_rows": None}
+        return None if dtype is None else dx, d_per_slot, None, None, None, None
+
+    return backward
+
+
+def _parts(w: QArray | SplitQArray) -> tuple[QArray, ...]:
+    return w.parts if isinstance(w, SplitQArray) else (w,)
+
+
+def _expert(stack: QArray, expert: jax.Array) -> QArray:
+    codes, scale = grouped_kernel.pick_codes(stack.qvalue, expert), grouped_kernel.pick(stack.scale, expert)
+    return QArray(codes, scale, stack.scheme, stack.row_groups)
+
+
+def _grouped_product_of_codes(
+    x: QActivation,
+    w: QArray,
+    sizes: jax.Array,
+    per_slot: dict[str, Any],
+    work: jax.Array | None,
+    out_dtype: jnp.dtype,
+    config: matmul_config.Config | None,
+    interpret: bool,
+) -> jax.Array:
     if config is None:
         options = {"row_groups": w.row_groups, "out_dtype": out_dtype}
         return grouped_scaled_matmul_reference(
@@ -319,12 +436,12 @@ def grouped_scaled_matmul(
         w.scale,
         sizes,
         **per_slot,
-        work=work if block_m_of_work == config.block_m else None,
+        work=work,
         row_groups=w.row_groups,
-        out_dtype=jnp.dtype(out_dtype),
+        out_dtype=out_dtype,
         x_scale_layout=x.scale_layout,
         config=config,
-        interpret=interpreting(),
+        interpret=interpret,
     )
 
 
@@ -381,7 +498,25 @@ def grouped_matmul(
     """
     per_slot: dict[str, Any] = {"rows": rows, "row_weight": row_weight, "out_rows": out_rows}
     _check_groups("grouped_matmul", x.shape, w.shape, sizes, per_slot)
-    return grouped_matmul_reference(x, w, sizes, **per_slot)
+
+    def forward(x: jax.Array, w: jax.Array, per_slot: dict[str, Any], sizes: jax.Array) -> jax.Array:
+        return grouped_matmul_reference(x, w, sizes, **per_slot)
+
+    def backward(kept: tuple[Any, ...], dy: jax.Array) -> tuple[Any, ...]:
+        x, w, per_slot, sizes = kept
+        dx, d_row_weight = gradients.grouped_backward(
+            dy,
+            lambda expert: grouped_kernel.pick(w, expert),
+            lambda: x,
+            x.shape,
+            sizes,
+            **per_slot,
+            dtype=x.dtype,
+        )
+        dw = gradients.grouped_weight_gradient(x, dy, sizes, **per_slot)
+        return dx, dw, {"rows": None, "row_weight": d_row_weight, "out_rows": None}, None
+
+    return gradients.with_backward(forward, backward, x, w, per_slot, sizes)
 
 
 def _weight_only_grouped_matmul(
@@ -391,16 +526,17 @@ def _weight_only_grouped_matmul(
     per_slot: dict[str, Any],
     out_dtype: jax.typing.DTypeLike,
 ) -> jax.Array:
-    if isinstance(w, SplitQArray):
-        outputs = [_weight_only_grouped_matmul(x, part, sizes, per_slot, out_dtype) for part in w.parts]
-        return jnp.concatenate(outputs, axis=1)
+    def forward(x, per_slot, codes, w, sizes, work) -> jax.Array:
+        del codes, work
 
-    def product(expert: jax.Array, tile_rows: jax.Array) -> jax.Array:
-        codes, scale = grouped_kernel.pick_codes(w.qvalue, expert), grouped_kernel.pick(w.scale, expert)
-        one = QArray(codes, scale, w.scheme, w.row_groups)
-        return _weight_only_matmul(x[tile_rows], one, None, jnp.float32)
+        def product(expert: jax.Array, tile_rows: jax.Array) -> jax.Array:
+            parts = (_weight_only_matmul(x[tile_rows], _expert(part, expert), None, jnp.float32) for part in _parts(w))
+            return jnp.concatenate(list(parts), axis=1)
 
-    return grouped_kernel.over_tiles(product, x.shape[0], w.qvalue, sizes, **per_slot, out_dtype=out_dtype)
+        return grouped_kernel.over_tiles(product, x.shape[0], w.shape, sizes, **per_slot, out_dtype=out_dtype)
+
+    operands = (x, per_slot, lax.stop_gradient(x), w, sizes, None)
+    return gradients.with_backward(forward, _grouped_backward(x), *operands, kept=lambda _, *kept: kept)
 
 
 def precision_of(dtype: jax.typing.DTypeLike) -> lax.Precision:

@@ -23,12 +23,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from fp8jax import exact_division
+from fp8jax import exact_division, gradients
 from fp8jax.pallas_kernels.addressing import unaddressable
 from fp8jax.schemes import BLOCK, E4M3_MAX, Scheme, scheme_named
 
 _SMALLEST_NORMAL = 2.0**-126
 _BLOCK_AMAX_FLOOR = 1e-4
+_QUANTIZING_HAS_NO_GRADIENT = (
+    "quantize has no gradient: rounding is a staircase. For the straight-through estimate write "
+    "w + jax.lax.stop_gradient(fp8jax.dequantize(fp8jax.quantize(w, scheme)) - w)"
+)
 
 
 @jax.tree_util.register_dataclass
@@ -157,6 +161,10 @@ def scale_shape(shape: tuple[int, ...], scheme: Scheme, *, row_groups: int = 1) 
 def quantize(weight: jax.Array, scheme: str | Scheme, *, row_groups: int = 1) -> QArray:
     """Quantize a weight; traceable, so it works inside `jax.jit` and under `jax.eval_shape`.
 
+    It has no derivative, and asking for one is an error. Quantization-aware training takes the straight-through estimate:
+
+        w + jax.lax.stop_gradient(dequantize(quantize(w, scheme)) - w)
+
     Args:
         weight: bfloat16, float16 or float32, `[n, k]` or `[e, n, k]`. NaN and Inf are not looked for here; the loader
             does.
@@ -166,6 +174,7 @@ def quantize(weight: jax.Array, scheme: str | Scheme, *, row_groups: int = 1) ->
         QArray whose codes and scales equal the reference's to the bit.
     Raises:
         ValueError: not a 2-D or 3-D float array, an empty one, or rows that `row_groups` does not divide.
+        TypeError: someone differentiates with respect to the weight.
     Source: vLLM 0.20.2, scaled_fp8_quant (dynamic) and per_block_cast_to_fp8.
     """
     scheme = scheme_named(scheme) if isinstance(scheme, str) else scheme
@@ -178,6 +187,7 @@ def quantize(weight: jax.Array, scheme: str | Scheme, *, row_groups: int = 1) ->
         raise ValueError(f"quantize takes bfloat16, float16 or float32 weights, got {weight.dtype}")
     if weight.shape[-2] % row_groups:
         raise ValueError(f"{weight.shape[-2]} rows do not split into {row_groups} equal row groups")
+    weight = gradients.refused(weight, TypeError(_QUANTIZING_HAS_NO_GRADIENT))
 
     if scheme.weight == "block":
         qvalue, scale = _quantize_blocks(weight, row_groups)
@@ -191,7 +201,8 @@ def quantize(weight: jax.Array, scheme: str | Scheme, *, row_groups: int = 1) ->
 
 
 def dequantize(q: QArray) -> jax.Array:
-    """The weight that the codes stand for: q · s, float32, of the shape of `q.qvalue`."""
+    """The weight that the codes stand for: q · s, float32, of the shape of `q.qvalue`. Codes and scales have no gradient."""
+    q = gradients.constant_weight(q)
     codes = q.qvalue.astype(jnp.float32)
     match q.scheme.weight:
         case "tensor":

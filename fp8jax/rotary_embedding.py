@@ -118,7 +118,7 @@ def cos_sin(rope: Rope, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
     Returns:
         Two float32 arrays `[b, t, rotary_dim / 2]`.
     """
-    angles = positions[..., None].astype(jnp.float32) * rope.frequencies()
+    angles = positions[..., None].astype(jnp.float32) * rope.frequencies()[None, None]
     multiplier = jnp.float32(rope.multiplier())
     return jnp.cos(angles) * multiplier, jnp.sin(angles) * multiplier
 

@@ -7,9 +7,9 @@ which also keeps the short accumulator of Hopper's FP8 tensor cores from losing 
 DeepSeek-V3's recipe, as in vLLM's `w8a8_block_fp8_matmul`; the bias is added before the cast.
 
 In the kernel a step along k is a group: its product starts from zero, and one multiply-add an output applies x_scale
-· w_scale. The scales of the next step are loaded one step ahead, because only operands of a dot are fetched
-asynchronously. Where k is no multiple of 16, see `scaled_matmul`; padding codes with zeros to a multiple of 16 leaves
-the scales as they are.
+· w_scale (held in range by a power of two, `matmul_tiles.group_scale`). The scales of the next step are loaded one step
+ahead, because only operands of a dot are fetched asynchronously. Where k is no multiple of 16, see `scaled_matmul`;
+padding codes with zeros to a multiple of 16 leaves the scales as they are.
 """
 
 import functools
@@ -62,7 +62,7 @@ def block_scaled_matmul_reference(
         default=lambda x, w: widened_dot.dot(x, scaled_rows(w, jnp.arange(w.shape[0], dtype=jnp.int32))),
     )
     if bias is not None:
-        out = out + bias.astype(jnp.float32)
+        out = out + bias.astype(jnp.float32)[None, :]
     return out.astype(out_dtype)
 
 
@@ -187,7 +187,7 @@ def kernel_of(problem: matmul_tiles.Problem, x_scale_layout: ScaleLayout) -> Cal
         def scales(group):
             column = jnp.broadcast_to(group, rows.shape)
             of_x = x_scale_ref[rows, column] if x_scale_layout == "mg" else x_scale_ref[column, rows]
-            return of_x * w_scale_ref[weight_block, group]
+            return matmul_tiles.group_scale(of_x, w_scale_ref[weight_block, group])
 
         def add_group(left, right, acc, group, scale):
             following = scales(jnp.minimum(group + 1, last_group))
@@ -195,6 +195,7 @@ def kernel_of(problem: matmul_tiles.Problem, x_scale_layout: ScaleLayout) -> Cal
             return acc + product * matmul_tiles.along_rows(config, scale), following
 
         out = matmul_tiles.accumulate(problem, tile, x_ref, w_ref, add_group, scales(tile.first_step))
+        out = matmul_tiles.of_groups(out)
         if len(rest) == 2:
             out = matmul_tiles.add_bias(problem, tile, out, rest[0])
         matmul_tiles.store(problem, tile, out, rest[-1])

@@ -109,7 +109,7 @@ def grouped_gate_up_triton(
             column = jnp.broadcast_to(step, tile.rows.shape)
             of_x = plgpu.load(x_scale_ref.at[(tile.rows, column) if x_scale_layout == "mg" else (column, tile.rows)])
             of_w = (w_scale_ref[tile.expert, block, step] for block in (group, group + i // BLOCK))
-            return tuple(of_x * scale for scale in of_w)
+            return tuple(matmul_tiles.group_scale(of_x, scale) for scale in of_w)
 
         def step(j, state):
             accumulators, scale = state
@@ -124,7 +124,7 @@ def grouped_gate_up_triton(
 
         zeros = jnp.zeros((config.block_m, BLOCK), jnp.float32)
         (gate, up), _ = lax.fori_loop(jnp.int32(0), tile.steps, step, ((zeros, zeros), scales(jnp.int32(0))))
-        gate, up = (half.astype(dtype).astype(jnp.float32) for half in (gate, up))
+        gate, up = (matmul_tiles.of_groups(half).astype(dtype).astype(jnp.float32) for half in (gate, up))
         y = silu_mul(gate, up).astype(dtype).astype(jnp.float32)
         # Slots that are not this tile's hold products of row 0 that nobody stores.
         scale = quantize.scale_of(jnp.max(jnp.abs(y), axis=1))

@@ -121,7 +121,7 @@ def grouped_scaled_matmul_reference(
         ]
         return jnp.concatenate(outputs, axis=1)
 
-    return over_tiles(product, x.shape[0], w, sizes, rows, row_weight, out_rows, out_dtype, block_m)
+    return over_tiles(product, x.shape[0], w.shape, sizes, rows, row_weight, out_rows, out_dtype, block_m)
 
 
 def grouped_matmul_reference(
@@ -151,7 +151,7 @@ def grouped_matmul_reference(
             x[tile_rows], pick(w, expert), contract_last, precision=precision, preferred_element_type=jnp.float32
         )
 
-    return over_tiles(product, x.shape[0], w, sizes, rows, row_weight, out_rows, x.dtype, block_m)
+    return over_tiles(product, x.shape[0], w.shape, sizes, rows, row_weight, out_rows, x.dtype, block_m)
 
 
 def supported(device_kind: str, m: int, num_experts: int, n: int, k: int) -> str | None:
@@ -242,7 +242,7 @@ def pick_codes(stack: jax.Array, expert: jax.Array) -> jax.Array:
 def over_tiles(
     product: Callable[[jax.Array, jax.Array], jax.Array],
     m: int,
-    w: jax.Array,
+    stack: tuple[int, ...],
     sizes: jax.Array,
     rows: jax.Array | None,
     row_weight: jax.Array | None,
@@ -255,11 +255,11 @@ def over_tiles(
     Args:
         product: (expert, rows of x `[block_m]`) -> float32 `[block_m, n]`.
         m: rows of x.
-        w: the stack, for its shape.
+        stack: e, n, k.
         sizes, rows, row_weight, out_rows, out_dtype, block_m: as in `grouped_scaled_matmul_reference`.
     """
     rows = jnp.arange(m, dtype=jnp.int32) if rows is None else rows
-    slots, (num_experts, n, _) = rows.shape[0], w.shape
+    slots, (num_experts, n, _) = rows.shape[0], stack
     block_m = block_m or default_block_m(slots, num_experts)
     tiles = tile_list(sizes, slots, block_m)
     # Arrays are a tile longer than they need be, so that the last tile may start anywhere.

@@ -340,7 +340,7 @@ def _scaled(problem: GroupedProblem, tile: SlotTile, refs: dict[str, Any], x_sca
     out = _accumulate(problem, tile, refs, add)
     x_scale = refs["x_scale"]
     of_rows = x_scale[0] if x_scale.shape == (1,) else _per_slot(tile, x_scale, tile.rows)
-    return out * matmul_tiles.along_rows(config, of_rows) * refs["w_scale"][tile.expert]
+    return matmul_tiles.scaled(out, matmul_tiles.along_rows(config, of_rows), refs["w_scale"][tile.expert])
 
 
 def _block_scaled(
@@ -354,14 +354,15 @@ def _block_scaled(
     def scales(group):
         column = jnp.broadcast_to(group, tile.rows.shape)
         place = (tile.rows, column) if x_scale_layout == "mg" else (column, tile.rows)
-        return plgpu.load(refs["x_scale"].at[place]) * refs["w_scale"][tile.expert, tile.block_row, group]
+        of_w = refs["w_scale"][tile.expert, tile.block_row, group]
+        return matmul_tiles.group_scale(plgpu.load(refs["x_scale"].at[place]), of_w)
 
     def add(left, right, acc, group, scale):
         following = scales(jnp.minimum(group + 1, last_group))
         product = fp8_dot(left, right, jnp.zeros_like(acc), promote_every=None)
         return acc + product * matmul_tiles.along_rows(problem.config, scale), following
 
-    return _accumulate(problem, tile, refs, add, scales(jnp.int32(0)))
+    return matmul_tiles.of_groups(_accumulate(problem, tile, refs, add, scales(jnp.int32(0))))
 
 
 def _accumulate(

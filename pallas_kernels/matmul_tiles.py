@@ -14,12 +14,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from fp8jax.pallas_kernels import matmul_config
 from fp8jax.pallas_kernels.matmul_config import Config
 
 OUT_DTYPES = ("bfloat16", "float16", "float32")
+_HEADROOM = np.float32(2.0**24)
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,34 @@ def along_columns(config: Config, values: jax.Array) -> jax.Array:
     if values.ndim == 0:
         return values
     return values[:, None] if config.swap_operands else values[None, :]
+
+
+def scaled(acc: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    """acc · a · b in an order in which nothing overflows or vanishes on the way that the result does not; works in kernels too.
+
+    Sums of e4m3 products are 0 or between 2⁻¹⁸ and about 2³⁶, scales between 2⁻¹²⁶ and 2¹²⁰. The smaller scale comes first: if that
+    overflows, so does the result. It takes 2²⁴ from the larger one, so that no intermediate is subnormal, which XLA makes 0. The cap
+    keeps 0 · ∞ away; a sum that is not 0 overflows anyway where both scales are beyond it. Powers of two are exact.
+
+    Args:
+        acc: float32 `[m, n]`, sums of products of codes.
+        a, b: float32, positive, the scales; they broadcast against acc.
+    """
+    smaller = jnp.minimum(jnp.minimum(a, b), jnp.float32(2.0**100)) * _HEADROOM
+    return acc * smaller * (jnp.maximum(a, b) * (1 / _HEADROOM))
+
+
+def group_scale(of_x: jax.Array, of_w: jax.Array) -> jax.Array:
+    """x_scale · w_scale · 2⁻²⁴ of a group of inputs, finite, for sums that `of_groups` finishes; works in kernels too.
+
+    In range wherever the result is: the product of two scales may overflow where what it multiplies is 0 or 2⁻¹⁸.
+    """
+    return jnp.minimum(of_x * (1 / _HEADROOM) * of_w, jnp.float32(jnp.finfo(jnp.float32).max))
+
+
+def of_groups(acc: jax.Array) -> jax.Array:
+    """The sum of group products times their `group_scale`, as a number."""
+    return acc * _HEADROOM
 
 
 def add_bias(problem: Problem, tile: Tile, out: jax.Array, bias_ref: Any) -> jax.Array:

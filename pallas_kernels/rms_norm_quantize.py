@@ -57,7 +57,7 @@ def rms_norm_quantize_reference(
         stream = wide.astype(dtype)
     mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
     normalised = quantize.rounded(wide * lax.rsqrt(mean_square + jnp.float32(epsilon)), dtype)
-    y = quantize.rounded(normalised * weight.astype(jnp.float32), dtype)
+    y = quantize.rounded(normalised * weight.astype(jnp.float32)[None, :], dtype)
     return stream, *quantize.quantize_activation_reference(y, granularity)
 
 

@@ -2,7 +2,8 @@
 
     out[m, n] = (Σ_k x[m, k] · w[n, k]) · x_scale[m] · w_scale[n] + bias[n]
 
-The sum runs over e4m3 codes with a float32 accumulator; scales, bias and the cast come once, at the end. The weight
+The sum runs over e4m3 codes with a float32 accumulator; scales, bias and the cast come once, at the end, the scales in an order
+that keeps every finite result finite (`matmul_tiles.scaled`). The weight
 is `[n, k]` as in the checkpoint: both operands are contiguous in k, which is what FP8 tensor cores read. Source:
 vLLM's CUTLASS epilogue (`cutlass_scaled_mm`), with the bias added before the cast.
 
@@ -46,10 +47,9 @@ def scaled_matmul_reference(
     Returns:
         `[m, n]`.
     """
-    accumulated = _product_of_codes(x, w)
-    out = accumulated * x_scale.reshape(-1, 1) * w_scale.reshape(1, -1)
+    out = matmul_tiles.scaled(_product_of_codes(x, w), x_scale.reshape(-1, 1), w_scale.reshape(1, -1))
     if bias is not None:
-        out = out + bias.astype(jnp.float32)
+        out = out + bias.astype(jnp.float32)[None, :]
     return out.astype(out_dtype)
 
 
@@ -154,8 +154,9 @@ def kernel_of(problem: matmul_tiles.Problem, *, scale_per_row: bool, scale_per_c
         out = matmul_tiles.accumulate(problem, tile, x_ref, w_ref, functools.partial(_add_step, config))
         rows = matmul_tiles.clamped(tile.rows, m, config.block_m)
         columns = matmul_tiles.clamped(tile.columns, n, config.block_n)
-        out = out * matmul_tiles.along_rows(config, x_scale_ref[rows] if scale_per_row else x_scale_ref[0])
-        out = out * matmul_tiles.along_columns(config, w_scale_ref[columns] if scale_per_channel else w_scale_ref[0])
+        of_rows = matmul_tiles.along_rows(config, x_scale_ref[rows] if scale_per_row else x_scale_ref[0])
+        of_columns = w_scale_ref[columns] if scale_per_channel else w_scale_ref[0]
+        out = matmul_tiles.scaled(out, of_rows, matmul_tiles.along_columns(config, of_columns))
         if len(rest) == 2:
             out = matmul_tiles.add_bias(problem, tile, out, rest[0])
         matmul_tiles.store(problem, tile, out, rest[-1])
