@@ -33,6 +33,20 @@ _FLOAT_DTYPES = ("bfloat16", "float16", "float32")
 _DERIVED_TENSORS = re.compile(r".*\.(rotary_emb\.inv_freq|self_attn\.(masked_bias|bias))")
 
 
+@dataclass(frozen=True)
+class Span:
+    """Consecutive rows of one tensor of the checkpoint, the tensor taken as a matrix of rows whatever its shape.
+
+    Args:
+        source: its name.
+        first, rows: which rows of it.
+    """
+
+    source: str
+    first: int
+    rows: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class Parameter:
     """One weight of the model and where it comes from.
@@ -55,6 +69,15 @@ class Parameter:
     kind: LayerKind | Literal["other"]
     shards: tuple[str, ...] = ()
 
+    @property
+    def experts(self) -> int | None:
+        """How many experts are stacked in it; None for a weight that is no stack."""
+        return None
+
+    def spans_of(self, expert: int | None) -> tuple[Span, ...]:
+        """What the weight, or one expert's matrix of it, is made of: each shard's rows, from top to bottom."""
+        return tuple(Span(source, 0, shape[0]) for source, shape in self.sources)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertParameter(Parameter):
@@ -74,14 +97,18 @@ class ExpertParameter(Parameter):
         """Whether one tensor holds all experts."""
         return self.sources[0][1] == self.shape
 
-    def shards_of(self, checkpoint: Checkpoint, expert: int) -> tuple[list[str], list[np.ndarray]]:
-        """Of each row group of one expert the source and the view `[n / row_groups, k]`."""
+    @property
+    def experts(self) -> int:
+        return self.shape[0]
+
+    def spans_of(self, expert: int | None) -> tuple[Span, ...]:
+        assert expert is not None
+        n, groups = self.shape[1], self.row_groups
         if self.stacked:
             source = self.sources[0][0]
-            return [source] * self.row_groups, np.split(checkpoint.read(source)[expert], self.row_groups)
-        first = expert * self.row_groups
-        sources = [source for source, _ in self.sources[first : first + self.row_groups]]
-        return sources, [checkpoint.read(source) for source in sources]
+            return tuple(Span(source, expert * n + group * (n // groups), n // groups) for group in range(groups))
+        first = expert * groups
+        return tuple(Span(source, 0, shape[0]) for source, shape in self.sources[first : first + groups])
 
 
 def model_parameters(model: CausalLM, tensors: Collection[str]) -> Iterator[Parameter]:
