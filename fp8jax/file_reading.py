@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fp8jax.checkpoint_error import CheckpointError, shown
+from fp8jax.checkpoint_error import CheckpointError, Faults, shown
 
 MAX_OPEN_FILES = 4
 _ALIGNMENT = 64  # what XLA wants of memory that it uses in place on a CPU
@@ -122,6 +122,34 @@ def read_whole(path: Path, limit: int) -> tuple[bytes, FileStamp]:
             f"has {size} bytes, at most {limit} are read of such a file; it is damaged or something else"
         )
     return bytes(content), stamp
+
+
+def check_readable(folder: Path, suffixes: tuple[str, ...], limit: int) -> None:
+    """Looks at files of a folder that someone else is going to read: each must open, be a regular file, and end.
+
+    Args:
+        folder: where they lie; subfolders are not looked into.
+        suffixes: of the files' names, ".json" say.
+        limit: bytes that each may have.
+
+    Raises:
+        CheckpointError: lists those that fail.
+    """
+    faults = Faults()
+    for path in sorted(folder.iterdir()):
+        if not path.name.endswith(suffixes):
+            continue
+        try:
+            file, stamp = open_regular(path)
+            file.close()
+            if stamp.size > limit:
+                faults.append(f"{shown(path.name)}: has {stamp.size} bytes, at most {limit} are read of such a file")
+        except NotRegularError as error:
+            faults.append(f"{shown(path.name)}: is {error}, not a regular file")
+        except OSError as error:
+            faults.append(f"{shown(path.name)}: {reason(error)}")
+    if faults:
+        raise CheckpointError.gather(shown(str(folder)), faults)
 
 
 def aligned_empty(count: int) -> np.ndarray:

@@ -14,6 +14,7 @@ What a piece has as its largest |w| in each row is also how NaN, Inf and numbers
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,7 +33,7 @@ from fp8jax.qarray import QArray, SplitQArray, dequantize_rows, quantize, rows_o
 from fp8jax.quantization_config import QuantizationConfig
 from fp8jax.schemes import BLOCK, Scheme
 
-PIECE_BYTES = 32 << 20  # of the checkpoint; larger ones load no faster
+PIECE_BYTES = 16 << 20  # of the checkpoint; larger ones load no faster
 _ERROR_ROWS = 256
 
 
@@ -93,10 +94,12 @@ def fill(
             except (MemoryError, jax.errors.JaxRuntimeError) as error:
                 if not _is_out_of_memory(error):
                     raise
+                # The device may have been at work on the one before.
+                before = f" (or {parameters[i - 1].name} before it)" if i else ""
                 raise MemoryError(
-                    f"{p.name}.{p.attribute}: out of memory while loading it: {mebibytes(sizes[i])} in the checkpoint, where"
-                    f" {mebibytes(sum(sizes[:i]))} of {mebibytes(sum(sizes))} were loaded before. Free memory, raise the"
-                    f" limit of this process, or quantize more of the model. ({type(error).__name__}: {error})"
+                    f"{p.name}.{p.attribute}: out of memory while loading it{before}: it has {mebibytes(sizes[i])} in the"
+                    f" checkpoint; {mebibytes(sum(sizes[:i]))} of {mebibytes(sum(sizes))} were read before. Free memory,"
+                    f" raise the limit of this process, or quantize more of the model. ({type(error).__name__}: {error})"
                 ) from error
             previous = current
         if previous is not None:
@@ -148,22 +151,28 @@ class _Buffers:
 
     def __init__(self) -> None:
         self._memory = [aligned_empty(0), aligned_empty(0)]
-        self._used_by: list[jax.Array | None] = [None, None]
         self._turn = 0
+        self._result: jax.Array | None = None
 
     def next(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-        """The other buffer, once nothing is computed from it any more."""
+        """The buffer that nothing is computed from; valid until the call after the next."""
         self._turn = 1 - self._turn
-        if (result := self._used_by[self._turn]) is not None:
-            result.block_until_ready()
-        size = int(np.prod(shape)) * dtype.itemsize
+        size = math.prod(shape) * dtype.itemsize
         if len(self._memory[self._turn]) < size:
             self._memory[self._turn] = aligned_empty(size)
         return self._memory[self._turn][:size].view(dtype).reshape(shape)
 
+    def wait(self) -> None:
+        """Waits until the device is done with the buffer before; to be called when this one is full.
+
+        That frees the other buffer, which on a CPU the device may read in place, and leaves the device one piece at a time.
+        """
+        if self._result is not None:
+            self._result.block_until_ready()
+
     def used_by(self, result: jax.Array) -> None:
-        """Says what was computed from the buffer given last; on a CPU the device may read it in place until then."""
-        self._used_by[self._turn] = result
+        """Says what was computed from the buffer given last."""
+        self._result = result
 
 
 @dataclass(frozen=True)
@@ -214,18 +223,19 @@ def _fill_one(
 ) -> _Filled:
     """Reads, quantizes and places one weight; returns while the device may still be at work."""
     stored = _stored_dtype(checkpoint, p)
-    row_groups, row_shape = getattr(p, "row_groups", 1), p.shape[-1:] if len(p.shape) > 1 else ()
-    n = p.shape[-2] if row_shape else p.shape[0]
-    parts = (
-        rows_of_parts((p.shape[0], n, *row_shape), row_groups=row_groups) if p.experts is not None and scheme else (n,)
-    )
-    pieces = list(_cut(n, int(np.prod(row_shape)) * stored.itemsize, row_groups=row_groups, parts=parts))
+    row_groups, row_shape = getattr(p, "row_groups", 1), p.shape[max(1, len(p.shape) - 1) :]
+    n, width = p.shape[len(p.shape) - 1 - len(row_shape)], math.prod(row_shape)
+    parts = (n,)
+    if p.experts is not None and scheme is not None:
+        parts = rows_of_parts((p.experts, n, width), row_groups=row_groups)
+    pieces = list(_cut(n, width * stored.itemsize, row_groups=row_groups, parts=parts))
     whole_at_once = len(pieces) == 1 and p.experts is None
     finished: list[Any] = [] if whole_at_once else _empty(p.shape, parts, scheme, dtype, row_groups)
 
     def put_on_device(spans: Sequence[Span], piece: _Piece) -> jax.Array:
         rows = buffers.next((piece.rows, *row_shape), stored)
         _read_rows(checkpoint, spans, piece.first, rows)
+        buffers.wait()
         # A weight that needs no cast would be the buffer itself.
         return jax.device_put(rows, may_alias=False if whole_at_once and scheme is None else None)
 

@@ -2,12 +2,11 @@
 
     headers ──> abstract model ──> plan: which tensors of the file make which weight, and its scheme
                                     │        every fault of names, shapes and dtypes in one error, before any work
-    mapped file ──> one layer's shards ──> fuse, quantize (one jitted function on the device) ──> the model's weight
+    file, piece by piece ──> quantize (one jitted function on the device) ──> the model's weight        `filling`
 
-At any moment the process holds the finished weights plus one layer in the checkpoint's dtype; of a stack of experts, plus
-one expert: each is quantized for itself and written into the stack that is already there. The loaded model owns its memory:
-nothing in it points into the mapped file. NaN and Inf are looked for in every tensor on its way and reported together at the
-end.
+At any moment the process holds the finished weights and two pieces of some megabytes, however large a layer is. The loaded
+model owns its memory. NaN and Inf are looked for in every tensor on its way and reported together at the end. A file that is
+replaced or written to meanwhile is an error: a model is never made of two checkpoints.
 
 A stack of experts that kernels could not address as one array (2 to 4 GiB) becomes a `SplitQArray` at once.
 """
@@ -19,6 +18,9 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+import numpy as np
+from jax.typing import DTypeLike
+
 from fp8jax import ops
 from fp8jax.checkpoint import Checkpoint
 from fp8jax.filling import fill
@@ -26,14 +28,23 @@ from fp8jax.host_memory import PeakMemory
 from fp8jax.language_model import LanguageModel
 from fp8jax.load_report import LoadReport
 from fp8jax.models import CausalLM, read_decoder_config
-from fp8jax.parameters import ExpertParameter, Parameter, check_against, model_parameters, tied_as_stored
+from fp8jax.parameters import (
+    ExpertParameter,
+    Parameter,
+    check_against,
+    check_expert_count,
+    check_layer_count,
+    model_parameters,
+    tied_as_stored,
+)
 from fp8jax.quantization_config import LayerKind, QuantizationConfig
 from fp8jax.schemes import Scheme
 
 logger = logging.getLogger("fp8jax")
-_ERROR_ROWS = 256
 
 DTYPES = ("bfloat16", "float16", "float32")
+_SHORT_NAMES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32"}
+_BAR_DISABLED: dict[Any, bool | None] = {"auto": None, "on": False, "off": True, True: False, False: True}
 
 
 def load_quantized(
@@ -41,10 +52,10 @@ def load_quantized(
     scheme: str | None = "fp8_per_tensor",
     *,
     quantization_config: Mapping[str, Any] | None = None,
-    dtype: str = "bfloat16",
+    dtype: DTypeLike = "bfloat16",
     implementation: ops.Implementation = "auto",
     revision: str | None = None,
-    progress: Literal["auto", "on", "off"] = "auto",
+    progress: Literal["auto", "on", "off"] | bool = "auto",
 ) -> LanguageModel:
     """Load a checkpoint and quantize its linear and expert weights on the way.
 
@@ -53,38 +64,41 @@ def load_quantized(
         scheme: "fp8_per_tensor", "fp8_per_block", "online" (everything is in `quantization_config`), or None for no
             quantization.
         quantization_config: overrides and exceptions, see `QuantizationConfig`.
-        dtype: of activations and unquantized weights: "bfloat16", "float16" or "float32" (which is full float32, no
-            TF32).
+        dtype: of activations and unquantized weights: bfloat16, float16 or float32 (which is full float32, no TF32), as a
+            name, a short name ("bf16", "fp16", "fp32") or a NumPy or JAX dtype; "auto" for the checkpoint's own, as
+            config.json has it, or else most of its tensors.
         implementation: "xla", "triton" or "auto", see `ops`.
         revision: branch, tag or commit of a hub repository.
-        progress: a progress bar on stderr; "auto" shows it on terminals.
+        progress: a progress bar on stderr: "on" or True, "off" or False; "auto" shows it on terminals.
     Returns:
         The model with its tokenizer, configuration and load report.
     Raises:
-        CheckpointError: a malformed, already quantized or mismatching checkpoint; lists every fault by tensor.
-        ValueError: an unknown scheme, a wrong quantization_config, an architecture or config field that is not
-            implemented.
+        CheckpointError: a malformed, already quantized or mismatching checkpoint, which lists every fault by tensor; or
+            one that was changed while it was being read.
+        ValueError: an argument of the wrong type, an unknown scheme, a wrong quantization_config, an architecture or config
+            field that is not implemented.
+        MemoryError: host or device ran out of memory; names the layer, its size and how far loading was.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r} is not supported; choose one of {', '.join(DTYPES)}")
-    if implementation not in ops.IMPLEMENTATIONS:
-        raise ValueError(
-            f"implementation {implementation!r} is unknown; choose one of {', '.join(ops.IMPLEMENTATIONS)}"
-        )
+    wanted_dtype = _dtype_name(dtype)
+    _check_arguments(repo, scheme, quantization_config, implementation, revision, progress)
     quantization = QuantizationConfig.parse(scheme, quantization_config)
     start = time.perf_counter()
     with PeakMemory() as memory, Checkpoint.open(repo, revision=revision) as checkpoint:
         checkpoint.require_unquantized()
+        check_layer_count(checkpoint)
+        own_dtype = _own_dtype(checkpoint) if wanted_dtype == "auto" else wanted_dtype
         where = f"config.json of {repo}"
-        config = read_decoder_config(checkpoint.config, dtype=dtype, where=where)
+        config = read_decoder_config(checkpoint.config, dtype=own_dtype, where=where)
+        check_expert_count(checkpoint, config)
         config = tied_as_stored(config, checkpoint)
         model = CausalLM(config, implementation=implementation)
         parameters = list(model_parameters(model, checkpoint.tensors))
         schemes, told = _resolve(parameters, quantization)
         check_against(checkpoint, parameters)
         opened = time.perf_counter()
-        bar = {"auto": None, "on": False, "off": True}[progress]
-        layers = fill(checkpoint, parameters, schemes, quantization, dtype=dtype, disable_bar=bar)
+        layers = fill(
+            checkpoint, parameters, schemes, quantization, dtype=own_dtype, disable_bar=_BAR_DISABLED[progress]
+        )
         checkpoint.verify_unchanged()
     finished = time.perf_counter()
 
@@ -108,6 +122,63 @@ def load_quantized(
         folder=checkpoint.folder,
         report=report,
     )
+
+
+def _dtype_name(dtype: Any) -> str:
+    """One of DTYPES, or "auto"."""
+    name = dtype
+    if not isinstance(dtype, str):
+        try:
+            name = np.dtype(dtype).name if dtype is not None else "None"  # NumPy takes None for float64
+        except TypeError:
+            name = str(dtype)
+    name = name.removeprefix("torch.")
+    name = _SHORT_NAMES.get(name, name)
+    if name not in (*DTYPES, "auto"):
+        raise ValueError(f"dtype {dtype!r} is not supported; choose one of {', '.join(DTYPES)}, or auto")
+    return name
+
+
+def _own_dtype(checkpoint: Checkpoint) -> str:
+    """The dtype that config.json names, in either spelling, or else that of most of the checkpoint's bytes."""
+    for key in ("dtype", "torch_dtype"):
+        if (named := checkpoint.config.get(key)) is not None:
+            name = named.removeprefix("torch.") if isinstance(named, str) else named
+            if name not in DTYPES:
+                raise ValueError(
+                    f"config.json of {checkpoint.folder}: {key} is {named!r}, so dtype='auto' finds none that is supported;"
+                    f" choose one of {', '.join(DTYPES)}"
+                )
+            return name
+    sizes = dict.fromkeys(DTYPES, 0)
+    for info in checkpoint.tensors.values():
+        if info.dtype.name in sizes:
+            sizes[info.dtype.name] += info.nbytes
+    return max(sizes, key=lambda name: sizes[name])
+
+
+def _check_arguments(
+    repo: Any, scheme: Any, quantization_config: Any, implementation: Any, revision: Any, progress: Any
+) -> None:
+    """Raises ValueError for what would fail later, in words that are not ours."""
+    if not isinstance(repo, str | os.PathLike) or not isinstance(os.fspath(repo), str):
+        raise ValueError(f"repo is {repo!r}; give a checkpoint folder or a hub id such as 'org/name'")
+    if not isinstance(scheme, str | None):
+        raise ValueError(
+            f"scheme is {scheme!r}; give the name of one, 'fp8_per_block' say, or None for no quantization"
+        )
+    if not isinstance(quantization_config, Mapping | None):
+        raise ValueError(f"quantization_config is {quantization_config!r}; give a dict, or leave it out")
+    if implementation not in ops.IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation {implementation!r} is unknown; choose one of {', '.join(ops.IMPLEMENTATIONS)}"
+        )
+    if not isinstance(revision, str | None):
+        raise ValueError(
+            f"revision is {revision!r}; give a branch, tag or commit of the hub repository, or leave it out"
+        )
+    if not isinstance(progress, str | bool) or progress not in _BAR_DISABLED:
+        raise ValueError(f"progress is {progress!r}; choose one of auto, on, off, True, False")
 
 
 def _resolve(

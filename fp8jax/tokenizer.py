@@ -5,7 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fp8jax.file_reading import check_readable
+
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json", "tokenizer_config.json")
+# Whatever a tokenizer may read; the largest real one, of 262 144 tokens, has 33 MB.
+_SUFFIXES, _MAX_FILE_BYTES = (".json", ".model", ".txt", ".jinja"), 500_000_000
 
 
 def load_tokenizer(folder: Path) -> Any | None:
@@ -14,8 +18,9 @@ def load_tokenizer(folder: Path) -> Any | None:
     Raises:
         ValueError: tokenizer files that transformers cannot read; names the folder and the reason.
     """
-    if not any((folder / name).is_file() for name in _FILES):
+    if not any(os.path.lexists(folder / name) for name in _FILES):
         return None
+    check_readable(folder, _SUFFIXES, _MAX_FILE_BYTES)  # transformers would wait for ever for a pipe
     # transformers warns that PyTorch is missing, which it is meant to be.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import AutoTokenizer  # takes more than a second to import, and not everyone needs text
