@@ -1,4 +1,4 @@
-"""A checkpoint: a folder in Hugging Face layout, its configuration read and its tensors ready to be mapped.
+"""A checkpoint: a folder in Hugging Face layout, its configuration read and its tensors ready to be read.
 
     config.json                     the architecture (required)
     generation_config.json          defaults for sampling (optional)
@@ -8,20 +8,21 @@
 
 `Checkpoint.open` reads headers only and checks them against each other and against the index: every tensor is in
 exactly the file where the index puts it, and in no other. Whatever is wrong, in whichever file, comes out as one
-`CheckpointError` that lists it all. After that `read` cannot meet a malformed tensor any more: it returns a view of the
-mapped file, without a copy.
+`CheckpointError` that lists it all. After that `read` cannot meet a malformed tensor any more; what it can meet is a file
+that was replaced, cut short or written to meanwhile, and that is an error too (`file_reading`).
 
     with Checkpoint.open("some/folder") as checkpoint:
         weight = checkpoint.read("model.embed_tokens.weight")
+        some_experts = checkpoint.read("model.layers.0.block_sparse_moe.input_linear.weight", slice(8, 16))
+        checkpoint.verify_unchanged()
 
-Views stay valid for as long as anyone holds them, also after `close`; but they are the file. Copy before changing
-or keeping one, and know that `jax.device_put` of an aligned view on the CPU keeps pointing into the map.
+What `read` returns is the caller's own memory: it may be changed, kept, and lent to `jax.device_put`.
 
 Source: the layouts and the precedence of `model.safetensors` over an index are those of `transformers`.
 """
 
 import difflib
-import mmap
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,14 +30,20 @@ from typing import Any
 
 import numpy as np
 
+from fp8jax.checkpoint_error import CheckpointError, Faults, shown
+from fp8jax.file_reading import FileReader, FileStamp, aligned_empty, read_whole, reason
 from fp8jax.prequantized import declared_format, stored_format
-from fp8jax.safetensors_file import CheckpointError, TensorInfo, parse_object, read_header, shown
+from fp8jax.safetensors_file import MAX_HEADER_BYTES, TensorInfo, parse_object, read_header, read_stamped_header
 
 __all__ = ["Checkpoint", "CheckpointError", "TensorInfo", "read_header"]
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 WEIGHT_ENDINGS = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".npz", ".msgpack", ".h5")  # named in the error
+
+# Real ones have kilobytes, an index some megabytes: 100 bytes a tensor.
+MAX_CONFIG_BYTES = 10_000_000
+MAX_INDEX_BYTES = MAX_HEADER_BYTES
 
 # What is fetched from the hub. Some repositories carry the weights a second time in the maker's own layout
 # ("consolidated…") or for other runtimes in subfolders; neither is read, so neither is fetched.
@@ -46,13 +53,13 @@ HUB_IGNORED = ["*/*", "consolidated*"]
 
 @dataclass(eq=False)
 class Checkpoint:
-    """An opened checkpoint folder; `tensors` comes from checked headers, data is mapped when it is first read."""
+    """An opened checkpoint folder; `tensors` comes from checked headers, data is read when it is asked for."""
 
     folder: Path
     config: dict[str, Any] = field(repr=False)
     generation_config: dict[str, Any] = field(repr=False)
     tensors: dict[str, TensorInfo] = field(repr=False)
-    _maps: dict[Path, mmap.mmap] = field(default_factory=dict, repr=False)
+    _reader: FileReader = field(default_factory=FileReader, repr=False)
     _closed: bool = field(default=False, repr=False)
 
     @classmethod
@@ -70,45 +77,75 @@ class Checkpoint:
             CheckpointError: nothing found, or anything malformed; lists every fault of every file.
         """
         folder = _locate(repo, revision)
-        faults: list[str] = []
-        config = _read_object(folder / "config.json", faults, strict=False)
-        generation_config = _read_object(folder / "generation_config.json", faults, strict=False, optional=True)
-        tensors = _read_tensors(folder, faults)
+        faults, stamps = Faults(), {}
+        config = _read_object(folder / "config.json", stamps, faults, strict=False)
+        generation_config = _read_object(folder / "generation_config.json", stamps, faults, strict=False, optional=True)
+        tensors = _read_tensors(folder, stamps, faults)
         if faults:
             raise CheckpointError.gather(str(folder), faults)
-        return cls(folder, config, generation_config, tensors)
+        return cls(folder, config, generation_config, tensors, FileReader(stamps))
 
-    def read(self, name: str) -> np.ndarray:
-        """Returns a tensor as a read-only view of the mapped file.
+    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
+        """Returns a tensor, or some rows of it, as an array of its own.
 
         Args:
             name: as in `tensors`.
+            rows: of the first dimension, in steps of one, taken as NumPy takes slices; of stacked experts, which experts.
 
         Returns:
-            The array in its stored dtype and shape; not necessarily aligned in memory.
+            The array in its stored dtype, in memory that begins at a multiple of 64 bytes and belongs to no one else.
 
         Raises:
-            CheckpointError: no such tensor, the checkpoint is closed, or the file shrank since it was opened.
+            CheckpointError: no such tensor, the checkpoint is closed, or its file is not what it was when it was opened.
+            ValueError: rows of a tensor without dimensions, or with steps.
+            MemoryError: there is not enough for it; names the tensor and its size.
         """
         info = self._info(name)
-        data = np.frombuffer(self._map(info.file), dtype=np.uint8)
-        if len(data) < info.end:  # touching a page beyond the end would kill the process
-            raise CheckpointError(
-                f"{info.file}: tensor {shown(name)} ends at byte {info.end} but the file has {len(data)} by now;"
-                " it was changed after it was opened, open the checkpoint again"
+        shape, first = info.shape, 0
+        if rows is not None:
+            if not shape or rows.step not in (None, 1):
+                raise ValueError(
+                    f"{shown(name)}: rows {rows} of a tensor of shape {list(shape)}; give a slice without steps"
+                )
+            start, stop, _ = rows.indices(shape[0])
+            shape, first = (max(0, stop - start), *shape[1:]), start * math.prod(shape[1:])
+        size = math.prod(shape) * info.dtype.itemsize
+        try:
+            array = aligned_empty(size).view(info.dtype).reshape(shape)
+        except MemoryError as error:
+            raise MemoryError(f"{info.file}: no memory for the {size} bytes of tensor {shown(name)}") from error
+        self.read_into(name, array, first=first)
+        return array
+
+    def read_into(self, name: str, out: np.ndarray, *, first: int = 0) -> None:
+        """Fills an array with consecutive elements of a tensor.
+
+        Args:
+            name: as in `tensors`.
+            out: contiguous, of the tensor's dtype; its size is the number of elements read.
+            first: the tensor's element to begin with, counted in row-major order.
+
+        Raises:
+            CheckpointError: as `read`.
+            ValueError: another dtype, not contiguous, or beyond the tensor's end.
+        """
+        info = self._info(name)
+        begin = info.begin + first * info.dtype.itemsize
+        if out.dtype != info.dtype or not out.flags.c_contiguous or first < 0 or begin + out.nbytes > info.end:
+            raise ValueError(
+                f"{shown(name)}: {info.dtype.name}{list(info.shape)} cannot fill {out.dtype.name}{list(out.shape)} from its"
+                f" element {first} on; give a contiguous array of its dtype that ends where the tensor does, or before"
             )
-        return data[info.begin : info.end].view(info.dtype).reshape(info.shape)
+        if out.size:
+            self._reader.read_into(info.file, begin, out)
 
-    def release(self, name: str) -> None:
-        """Lets the system take back the memory pages of a tensor that has been read; its views stay valid.
+    def verify_unchanged(self) -> None:
+        """Raises `CheckpointError` naming a file that was replaced, written to, removed or added since it was opened.
 
-        Without it the pages of a mapped file count as memory of the process until the system runs short, and a loader
-        that reads a whole model would appear to hold it.
+        To be called when all has been read: a file that was replaced after its last tensor was read, or a config.json
+        that came with other weights, shows here only.
         """
-        info = self._info(name)
-        first = info.begin // mmap.PAGESIZE * mmap.PAGESIZE
-        if info.nbytes and info.file in self._maps and hasattr(mmap, "MADV_DONTNEED"):
-            self._maps[info.file].madvise(mmap.MADV_DONTNEED, first, info.end - first)
+        self._reader.verify()
 
     def require_unquantized(self) -> None:
         """Raises `CheckpointError` naming the format if the weights are quantized already."""
@@ -126,8 +163,8 @@ class Checkpoint:
         )
 
     def close(self) -> None:
-        """Forgets the mapped files; each is unmapped when the last view of it is gone."""
-        self._maps.clear()
+        """Closes the files; arrays that were read stay."""
+        self._reader.close()
         self._closed = True
 
     def __enter__(self) -> "Checkpoint":
@@ -145,15 +182,6 @@ class Checkpoint:
             hint = similar if close else f"none of its {len(self.tensors)} names is similar"
             raise CheckpointError(f"{self.folder}: has no tensor {shown(name)}; {hint}")
         return self.tensors[name]
-
-    def _map(self, path: Path) -> mmap.mmap:
-        if path not in self._maps:
-            try:
-                with path.open("rb") as file:
-                    self._maps[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            except (OSError, ValueError) as error:  # ValueError: the file is empty by now
-                raise CheckpointError(f"{path}: cannot be mapped ({error}); was it changed after opening?") from error
-        return self._maps[path]
 
 
 def _locate(repo: str | os.PathLike[str], revision: str | None) -> Path:
@@ -202,34 +230,43 @@ def _fetch(repo_id: str, revision: str | None) -> Path:
     ) from cause
 
 
-def _read_object(path: Path, faults: list[str], *, strict: bool, optional: bool = False) -> dict[str, Any]:
+def _read_object(
+    path: Path,
+    stamps: dict[Path, FileStamp | None],
+    faults: Faults,
+    *,
+    strict: bool,
+    optional: bool = False,
+    limit: int = MAX_CONFIG_BYTES,
+) -> dict[str, Any]:
     """Reads a file that must hold one JSON object; returns an empty one if it is absent or at fault."""
+    own = Faults()
     try:
-        raw = path.read_bytes()
+        raw, stamps[path] = read_whole(path, limit)
+        value = parse_object(raw, own, strict=strict)
     except FileNotFoundError:
+        value, stamps[path] = {}, None
         if not optional:
-            faults.append(f"{path.name}: missing; a checkpoint needs it, fetch it from where the weights came from")
-        return {}
-    except OSError as error:
-        faults.append(f"{path.name}: cannot be read ({error.strerror}); expected a JSON file")
-        return {}
-    own: list[str] = []
-    value = parse_object(raw, own, strict=strict)
-    faults.extend(f"{path.name}: {fault}" for fault in own)
+            own.append("missing; a checkpoint needs it, fetch it from where the weights came from")
+    except CheckpointError as error:
+        value = {}
+        own.append(str(error))
+    faults.merge(own.prefixed(path.name))
     return value
 
 
-def _read_tensors(folder: Path, faults: list[str]) -> dict[str, TensorInfo]:
+def _read_tensors(folder: Path, stamps: dict[Path, FileStamp | None], faults: Faults) -> dict[str, TensorInfo]:
     """Reads the headers of `model.safetensors`, or of the shards that the index names."""
     try:
         present = {path.name for path in folder.iterdir()}
     except OSError as error:
-        faults.append(f"the folder cannot be listed ({error.strerror}); check its permissions")
+        faults.append(f"the folder {reason(error)}")
         return {}
     if SINGLE_FILE in present:
-        return _read_file(folder / SINGLE_FILE, faults) or {}
+        return _read_file(folder / SINGLE_FILE, stamps, faults) or {}
+    stamps[folder / SINGLE_FILE] = None  # were it to appear, the index would no longer count
     if INDEX_FILE in present:
-        return _read_shards(folder, present, faults)
+        return _read_shards(folder, present, stamps, faults)
     weights = sorted(name for name in present if name.endswith(WEIGHT_ENDINGS))
     faults.append(
         f"no {SINGLE_FILE} and no {INDEX_FILE}; found {', '.join(map(shown, weights[:8])) or 'no weight files'}."
@@ -238,13 +275,15 @@ def _read_tensors(folder: Path, faults: list[str]) -> dict[str, TensorInfo]:
     return {}
 
 
-def _read_shards(folder: Path, present: set[str], faults: list[str]) -> dict[str, TensorInfo]:
+def _read_shards(
+    folder: Path, present: set[str], stamps: dict[Path, FileStamp | None], faults: Faults
+) -> dict[str, TensorInfo]:
     """Reads every shard of the index and checks that each tensor is where the index says, and nowhere else."""
-    own: list[str] = []
-    weight_map = _read_object(folder / INDEX_FILE, own, strict=True).get("weight_map")
-    if own:
-        faults.extend(own)
+    before = len(faults)
+    index = _read_object(folder / INDEX_FILE, stamps, faults, strict=True, limit=MAX_INDEX_BYTES)
+    if len(faults) > before:
         return {}
+    weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(f, str) for f in weight_map.values()):
         faults.append(f"{INDEX_FILE}: weight_map must be an object that maps tensor names to file names")
         return {}
@@ -262,7 +301,7 @@ def _read_shards(folder: Path, present: set[str], faults: list[str]) -> dict[str
         if shard not in present:
             faults.append(f"{shown(shard)}: missing; the index puts {len(expected)} tensors there, fetch it")
             continue
-        found = _read_file(folder / shard, faults)
+        found = _read_file(folder / shard, stamps, faults)
         if found is None:
             continue
         for name, info in found.items():
@@ -277,9 +316,10 @@ def _read_shards(folder: Path, present: set[str], faults: list[str]) -> dict[str
     return tensors
 
 
-def _read_file(path: Path, faults: list[str]) -> dict[str, TensorInfo] | None:
+def _read_file(path: Path, stamps: dict[Path, FileStamp | None], faults: Faults) -> dict[str, TensorInfo] | None:
     try:
-        return read_header(path)
+        tensors, stamps[path] = read_stamped_header(path)
     except CheckpointError as error:
-        faults.extend(f"{path.name}: {fault}" for fault in error.faults)
+        faults.merge(Faults(error.faults, count=error.count).prefixed(path.name))
         return None
+    return tensors

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fp8jax.safetensors_file import CheckpointError, shown
+from fp8jax.checkpoint_error import CheckpointError, shown
 
 DEFAULT_NEW_TOKENS = 128
 

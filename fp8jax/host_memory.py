@@ -1,7 +1,7 @@
 """How much memory of its own the process holds, and the most it held meanwhile.
 
-What counts is private memory (RssAnon on Linux): pages of a mapped checkpoint file belong to the page cache, which the
-kernel takes back whenever it wants. Where RssAnon is not known, the resident set is what there is.
+What counts is private memory (RssAnon on Linux): the pages of a checkpoint's files are in the page cache, which the kernel
+takes back whenever it wants. Where RssAnon is not known, the resident set is what there is.
 """
 
 import ctypes

@@ -2,46 +2,50 @@
 
     headers ──> abstract model ──> plan: which tensors of the file make which weight, and its scheme
                                     │        every fault of names, shapes and dtypes in one error, before any work
-    mapped file ──> one layer's shards ──> fuse, quantize (one jitted function on the device) ──> the model's weight
+    file, piece by piece ──> quantize (one jitted function on the device) ──> the model's weight        `filling`
 
-At any moment the process holds the finished weights plus one layer in the checkpoint's dtype; of a stack of experts, plus
-one expert: each is quantized for itself and written into the stack that is already there. The loaded model owns its memory:
-nothing in it points into the mapped file. NaN and Inf are looked for in every tensor on its way and reported together at the
-end.
+At any moment the process holds the finished weights and two pieces of some megabytes, however large a layer is. The loaded
+model owns its memory. NaN and Inf are looked for in every tensor on its way and reported together at the end. A file that is
+replaced or written to meanwhile is an error: a model is never made of two checkpoints.
 
 A stack of experts that kernels could not address as one array (2 to 4 GiB) becomes a `SplitQArray` at once.
 """
 
-import functools
 import logging
 import os
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
+from jax.typing import DTypeLike
 
 from fp8jax import ops
-from fp8jax.checkpoint import Checkpoint, CheckpointError
+from fp8jax.checkpoint import Checkpoint
+from fp8jax.filling import fill
 from fp8jax.generation_config import read_generation_config
 from fp8jax.host_memory import PeakMemory
 from fp8jax.language_model import LanguageModel
-from fp8jax.load_report import LayerReport, LoadReport, Outcome
+from fp8jax.load_report import LoadReport
 from fp8jax.models import CausalLM, read_decoder_config
-from fp8jax.parameters import ExpertParameter, Parameter, check_against, model_parameters, tied_as_stored
-from fp8jax.qarray import QArray, SplitQArray, dequantize_rows, quantize, rows_of_parts, scale_shape, split_rows
+from fp8jax.parameters import (
+    ExpertParameter,
+    Parameter,
+    check_against,
+    check_expert_count,
+    check_layer_count,
+    model_parameters,
+    tied_as_stored,
+)
 from fp8jax.quantization_config import LayerKind, QuantizationConfig
-from fp8jax.schemes import BLOCK, Scheme
+from fp8jax.schemes import Scheme
 
 logger = logging.getLogger("fp8jax")
-_ERROR_ROWS = 256
 
 DTYPES = ("bfloat16", "float16", "float32")
+_SHORT_NAMES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32"}
+_BAR_DISABLED: dict[Any, bool | None] = {"auto": None, "on": False, "off": True, True: False, False: True}
 
 
 def load_quantized(
@@ -49,10 +53,10 @@ def load_quantized(
     scheme: str | None = "fp8_per_tensor",
     *,
     quantization_config: Mapping[str, Any] | None = None,
-    dtype: str = "bfloat16",
+    dtype: DTypeLike = "bfloat16",
     implementation: ops.Implementation = "auto",
     revision: str | None = None,
-    progress: Literal["auto", "on", "off"] = "auto",
+    progress: Literal["auto", "on", "off"] | bool = "auto",
 ) -> LanguageModel:
     """Load a checkpoint and quantize its linear and expert weights on the way.
 
@@ -61,34 +65,36 @@ def load_quantized(
         scheme: "fp8_per_tensor", "fp8_per_block", "online" (everything is in `quantization_config`), or None for no
             quantization.
         quantization_config: overrides and exceptions, see `QuantizationConfig`.
-        dtype: of activations and unquantized weights: "bfloat16", "float16" or "float32" (which is full float32, no
-            TF32).
+        dtype: of activations and unquantized weights: bfloat16, float16 or float32 (which is full float32, no TF32), as a
+            name, a short name ("bf16", "fp16", "fp32") or a NumPy or JAX dtype; "auto" for the checkpoint's own, as
+            config.json has it, or else most of its tensors.
         implementation: "xla", "triton" or "auto", see `ops`.
         revision: branch, tag or commit of a hub repository.
-        progress: a progress bar on stderr; "auto" shows it on terminals.
+        progress: a progress bar on stderr: "on" or True, "off" or False; "auto" shows it on terminals.
     Returns:
         The model with its tokenizer, configuration and load report.
     Raises:
-        CheckpointError: a malformed, already quantized or mismatching checkpoint; lists every fault by tensor.
-        ValueError: an unknown scheme, a wrong quantization_config, an architecture or config field that is not
-            implemented.
+        CheckpointError: a malformed, already quantized or mismatching checkpoint, which lists every fault by tensor; or
+            one that was changed while it was being read.
+        ValueError: an argument of the wrong type, an unknown scheme, a wrong quantization_config, an architecture or config
+            field that is not implemented.
+        MemoryError: host or device ran out of memory; names the layer, its size and how far loading was.
 
     Do not fork a process that has run a model: JAX's threads do not survive it, and the child hangs. Workers are started
     with `multiprocessing.get_context("spawn")`.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r} is not supported; choose one of {', '.join(DTYPES)}")
-    if implementation not in ops.IMPLEMENTATIONS:
-        raise ValueError(
-            f"implementation {implementation!r} is unknown; choose one of {', '.join(ops.IMPLEMENTATIONS)}"
-        )
+    wanted_dtype = _dtype_name(dtype)
+    _check_arguments(repo, scheme, quantization_config, implementation, revision, progress)
     quantization = QuantizationConfig.parse(scheme, quantization_config)
     start = time.perf_counter()
     with PeakMemory() as memory, Checkpoint.open(repo, revision=revision) as checkpoint:
         checkpoint.require_unquantized()
+        check_layer_count(checkpoint)
+        own_dtype = _own_dtype(checkpoint) if wanted_dtype == "auto" else wanted_dtype
         where = f"config.json of {repo}"
         about_config: list[str] = []
-        config = read_decoder_config(checkpoint.config, dtype=dtype, where=where, told=about_config)
+        config = read_decoder_config(checkpoint.config, dtype=own_dtype, where=where, told=about_config)
+        check_expert_count(checkpoint, config)
         config = tied_as_stored(config, checkpoint)
         defaults = read_generation_config(checkpoint.generation_config, checkpoint.config, where=str(repo))
         model = CausalLM(config, implementation=implementation)
@@ -97,7 +103,10 @@ def load_quantized(
         told = [*about_config, *unmatched, *defaults.warnings]
         check_against(checkpoint, parameters)
         opened = time.perf_counter()
-        layers = _fill(checkpoint, parameters, schemes, quantization, dtype=dtype, progress=progress)
+        layers = fill(
+            checkpoint, parameters, schemes, quantization, dtype=own_dtype, disable_bar=_BAR_DISABLED[progress]
+        )
+        checkpoint.verify_unchanged()
     finished = time.perf_counter()
 
     report = LoadReport(
@@ -122,6 +131,63 @@ def load_quantized(
     )
 
 
+def _dtype_name(dtype: Any) -> str:
+    """One of DTYPES, or "auto"."""
+    name = dtype
+    if not isinstance(dtype, str):
+        try:
+            name = np.dtype(dtype).name if dtype is not None else "None"  # NumPy takes None for float64
+        except TypeError:
+            name = str(dtype)
+    name = name.removeprefix("torch.")
+    name = _SHORT_NAMES.get(name, name)
+    if name not in (*DTYPES, "auto"):
+        raise ValueError(f"dtype {dtype!r} is not supported; choose one of {', '.join(DTYPES)}, or auto")
+    return name
+
+
+def _own_dtype(checkpoint: Checkpoint) -> str:
+    """The dtype that config.json names, in either spelling, or else that of most of the checkpoint's bytes."""
+    for key in ("dtype", "torch_dtype"):
+        if (named := checkpoint.config.get(key)) is not None:
+            name = named.removeprefix("torch.") if isinstance(named, str) else named
+            if name not in DTYPES:
+                raise ValueError(
+                    f"config.json of {checkpoint.folder}: {key} is {named!r}, so dtype='auto' finds none that is supported;"
+                    f" choose one of {', '.join(DTYPES)}"
+                )
+            return name
+    sizes = dict.fromkeys(DTYPES, 0)
+    for info in checkpoint.tensors.values():
+        if info.dtype.name in sizes:
+            sizes[info.dtype.name] += info.nbytes
+    return max(sizes, key=lambda name: sizes[name])
+
+
+def _check_arguments(
+    repo: Any, scheme: Any, quantization_config: Any, implementation: Any, revision: Any, progress: Any
+) -> None:
+    """Raises ValueError for what would fail later, in words that are not ours."""
+    if not isinstance(repo, str | os.PathLike) or not isinstance(os.fspath(repo), str):
+        raise ValueError(f"repo is {repo!r}; give a checkpoint folder or a hub id such as 'org/name'")
+    if not isinstance(scheme, str | None):
+        raise ValueError(
+            f"scheme is {scheme!r}; give the name of one, 'fp8_per_block' say, or None for no quantization"
+        )
+    if not isinstance(quantization_config, Mapping | None):
+        raise ValueError(f"quantization_config is {quantization_config!r}; give a dict, or leave it out")
+    if implementation not in ops.IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation {implementation!r} is unknown; choose one of {', '.join(ops.IMPLEMENTATIONS)}"
+        )
+    if not isinstance(revision, str | None):
+        raise ValueError(
+            f"revision is {revision!r}; give a branch, tag or commit of the hub repository, or leave it out"
+        )
+    if not isinstance(progress, str | bool) or progress not in _BAR_DISABLED:
+        raise ValueError(f"progress is {progress!r}; choose one of auto, on, off, True, False")
+
+
 def _resolve(
     parameters: Sequence[Parameter], quantization: QuantizationConfig
 ) -> tuple[dict[str, Scheme | None], list[str]]:
@@ -143,212 +209,3 @@ def _resolve(
                 if quantization.resolve(p.alias, p.kind) is None:
                     schemes[p.name] = None
     return schemes, quantization.unmatched(candidates.values(), others)
-
-
-@dataclass(frozen=True)
-class _Loaded:
-    """A finished weight, the largest |w| of each of its shards, its relative error, and what is wrong with it."""
-
-    value: QArray | SplitQArray | jax.Array
-    shard_amax: tuple[float, ...]
-    relative_error: float | None
-    faults: tuple[str, ...]
-
-
-def _fill(
-    checkpoint: Checkpoint,
-    parameters: Sequence[Parameter],
-    schemes: Mapping[str, Scheme | None],
-    quantization: QuantizationConfig,
-    *,
-    dtype: str,
-    progress: Literal["auto", "on", "off"],
-) -> list[LayerReport]:
-    """Stream every parameter into the model; NaN and Inf of all tensors in one error at the end."""
-    from tqdm import tqdm
-
-    sizes = [sum(checkpoint.tensors[source].nbytes for source, _ in p.sources) for p in parameters]
-    layers, faults = [], []
-    with tqdm(
-        total=sum(sizes),
-        desc="loading",
-        unit="B",
-        unit_scale=True,
-        unit_divisor=1024,
-        disable={"auto": None, "on": False, "off": True}[progress],
-    ) as bar:
-        for p, size in zip(parameters, sizes, strict=True):
-            scheme = schemes[p.name] if p.kind != "other" else None
-            if isinstance(p, ExpertParameter):
-                loaded = _experts(checkpoint, p, scheme, dtype, bar.update)
-            else:
-                loaded = _layer(checkpoint, p, scheme, dtype)
-                bar.update(size)
-            faults += loaded.faults
-            setattr(p.module, p.attribute, nnx.data(loaded.value))
-            layers.append(
-                LayerReport(
-                    name=p.name if p.attribute == "weight" else f"{p.name}.{p.attribute}",
-                    kind=p.kind,
-                    outcome=_outcome(p, scheme, quantization),
-                    scheme=scheme,
-                    bytes_before=size,
-                    bytes_after=loaded.value.nbytes,
-                    relative_error=loaded.relative_error,
-                    shard_amax=loaded.shard_amax,
-                )
-            )
-    if faults:
-        raise CheckpointError.gather(str(checkpoint.folder), faults)
-    return layers
-
-
-def _layer(checkpoint: Checkpoint, p: Parameter, scheme: Scheme | None, dtype: str) -> _Loaded:
-    """One weight from its shards, at once."""
-    sources = [source for source, _ in p.sources]
-    # may_alias=False: on a CPU, device_put of a well-aligned view would keep pointing into the file.
-    shards = [jax.device_put(checkpoint.read(source), may_alias=None if scheme else False) for source in sources]
-    value, amax, norms = jax.block_until_ready(_fuse(shards, scheme, dtype))
-    amax = np.asarray(amax)
-    faults = _misfits(checkpoint, sources, amax, scheme, dtype)
-    for source in sources:
-        checkpoint.release(source)
-    return _Loaded(value, tuple(map(float, amax)), _relative_error([norms], scheme), tuple(faults.values()))
-
-
-def _experts(
-    checkpoint: Checkpoint,
-    p: ExpertParameter,
-    scheme: Scheme | None,
-    dtype: str,
-    advance: Callable[[int], Any],
-) -> _Loaded:
-    """A stack of experts, one expert at a time; shard_amax is over all of them."""
-    if scheme is None:
-        stack = jnp.zeros(p.shape, dtype)
-    else:
-        stack = _empty_stack(p.shape, scheme, p.row_groups)
-    largest, norms, faults = np.zeros(p.row_groups, np.float32), [], {}
-    for expert in range(p.shape[0]):
-        sources, views = p.shards_of(checkpoint, expert)
-        value, amax, norm = _fuse([jax.device_put(view) for view in views], scheme, dtype, p.row_groups)
-        stack = _put(stack, np.int32(expert), value)
-        # Waiting here is what bounds memory: the next expert comes when this one's BF16 copy is gone.
-        amax = np.asarray(jax.block_until_ready((stack, amax))[1])
-        largest = np.maximum(largest, amax)
-        norms.append(norm)
-        faults |= _misfits(checkpoint, sources, amax, scheme, dtype)
-        if not p.stacked or expert == p.shape[0] - 1:
-            for source in sources:
-                checkpoint.release(source)
-        advance(sum(view.nbytes for view in views))
-    return _Loaded(stack, tuple(map(float, largest)), _relative_error(norms, scheme), tuple(faults.values()))
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _fuse(
-    shards: list[jax.Array], scheme: Scheme | None, dtype: str, row_groups: int = 1
-) -> tuple[QArray | jax.Array, jax.Array, jax.Array]:
-    """The fused weight quantized or cast, each shard's largest |w| (NaN and Inf show in it), and what `_relative_error`
-    needs."""
-    weight = shards[0] if len(shards) == 1 else jnp.concatenate(shards, axis=0)
-    amax = jnp.stack([jnp.max(jnp.abs(shard), initial=0).astype(jnp.float32) for shard in shards])
-    if scheme is None:
-        return weight.astype(dtype), amax, jnp.zeros(3, jnp.float32)
-    q = _quantize_shards(shards, scheme) if row_groups == 1 else quantize(weight, scheme, row_groups=row_groups)
-    # The error of some rows is error enough for a report: over all of them XLA would hold two float32 copies of the weight.
-    n = weight.shape[-2]
-    rows = np.unique(np.linspace(0, n - 1, min(n, _ERROR_ROWS)).astype(int))
-    # Relative to the largest weight, so that squares of tiny weights do not vanish.
-    unit = jnp.maximum(jnp.max(amax), jnp.float32(np.finfo(np.float32).tiny))
-    wide = weight[..., rows, :].astype(jnp.float32) / unit
-    difference = dequantize_rows(q, rows) / unit - wide
-    return q, amax, jnp.stack([unit, *(jnp.sqrt(jnp.sum(jnp.square(part))) for part in (difference, wide))])
-
-
-def _quantize_shards(shards: Sequence[jax.Array], scheme: Scheme) -> QArray:
-    """The shards quantized as one matrix; where no block lies across two of them, without making that matrix."""
-    if scheme.weight != "block" or any(shard.shape[0] % BLOCK for shard in shards[:-1]):
-        return quantize(jnp.concatenate(shards, axis=0), scheme)
-    parts = [quantize(shard, scheme) for shard in shards]
-    codes = jnp.concatenate([part.qvalue for part in parts], axis=0)
-    return QArray(codes, jnp.concatenate([part.scale for part in parts], axis=0), scheme)
-
-
-def _empty_stack(shape: tuple[int, ...], scheme: Scheme, row_groups: int) -> QArray | SplitQArray:
-    def empty(rows: int, row_groups: int) -> QArray:
-        part = (shape[0], rows, shape[2])
-        scales = scale_shape(part, scheme, row_groups=row_groups)
-        return QArray(jnp.zeros(part, jnp.float8_e4m3fn), jnp.zeros(scales, jnp.float32), scheme, row_groups)
-
-    rows = rows_of_parts(shape, row_groups=row_groups)
-    if len(rows) == 1:
-        return empty(shape[1], row_groups)
-    return SplitQArray(tuple(empty(count, 1) for count in rows), row_groups)
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _put(
-    stack: QArray | SplitQArray | jax.Array, expert: jax.Array, value: QArray | jax.Array
-) -> QArray | SplitQArray | jax.Array:
-    """The stack with one expert written into it, in place.
-
-    A program of its own: fused with what computes the codes, XLA's CPU backend does it all in one slow loop. And a slice, for
-    `.at[expert].set` is a scatter, which copies the stack.
-    """
-
-    def write(whole: jax.Array, part: jax.Array) -> jax.Array:
-        part = part.reshape(whole.shape[1:])
-        if whole.dtype != jnp.float8_e4m3fn:
-            return jax.lax.dynamic_update_index_in_dim(whole, part, expert, axis=0)
-        # As bytes: where a device has no FP8, XLA would take the whole stack to float16 and back to change a part of it.
-        whole, part = (jax.lax.bitcast_convert_type(codes, jnp.uint8) for codes in (whole, part))
-        whole = jax.lax.dynamic_update_index_in_dim(whole, part, expert, axis=0)
-        return jax.lax.bitcast_convert_type(whole, jnp.float8_e4m3fn)
-
-    written = split_rows(value, stack.rows) if isinstance(stack, SplitQArray) and isinstance(value, QArray) else value
-    return jax.tree.map(write, stack, written)
-
-
-def _relative_error(norms: Sequence[jax.Array], scheme: Scheme | None) -> float | None:
-    """‖dequantized − w‖ / ‖w‖ from rows of (unit, ‖difference‖ / unit, ‖w‖ / unit), one an expert."""
-    if scheme is None:
-        return None
-    unit, difference, weight = np.asarray(norms, np.float64).T
-    norm = np.linalg.norm(unit * weight)
-    return float(np.linalg.norm(unit * difference) / norm) if norm else 0.0
-
-
-def _outcome(p: Parameter, scheme: Scheme | None, quantization: QuantizationConfig) -> Outcome:
-    if scheme is not None:
-        return "quantized"
-    if p.kind == "other":
-        return "never quantized"
-    return "no scheme" if getattr(quantization, p.kind) is None else "ignored"
-
-
-def _misfits(
-    checkpoint: Checkpoint, sources: Sequence[str], amax: np.ndarray, scheme: Scheme | None, dtype: str
-) -> dict[str, str]:
-    """By source, what does not fit the dtype, given the largest |w| of each."""
-    limit = float(jnp.finfo(jnp.float32 if scheme else dtype).max)
-    wrong = {source for source, largest in zip(sources, amax, strict=True) if not largest <= limit}
-    return {source: _misfit(source, checkpoint.read(source), limit) for source in sources if source in wrong}
-
-
-def _misfit(source: str, view: np.ndarray, limit: float) -> str:
-    """Where a tensor holds its first NaN, Inf or number beyond the dtype's range, for the error.
-
-    Searched in pieces, so that nothing weight-sized is made.
-    """
-    flat, piece = view.reshape(-1), 1 << 20
-    for begin in range(0, flat.size, piece):
-        part = flat[begin : begin + piece].astype(np.float32)
-        bad = np.flatnonzero(~(np.abs(part) <= limit))
-        if bad.size:
-            value = float(part[bad[0]])
-            index = [int(i) for i in np.unravel_index(begin + int(bad[0]), view.shape)]
-            if np.isfinite(value):
-                return f"{source}: {value:g} at index {index} is beyond {limit:g}, the largest value of the dtype asked for"
-            return f"{source}: holds {value} first at index {index}; every weight must be finite. Is the file damaged?"
-    raise AssertionError(f"{source}: the device found a misfit and the host does not")

@@ -19,18 +19,37 @@ from dataclasses import dataclass
 from typing import Literal
 
 import jax
-import numpy as np
 from flax import nnx
 
-from fp8jax.checkpoint import Checkpoint, CheckpointError
+from fp8jax.checkpoint import Checkpoint
+from fp8jax.checkpoint_error import CheckpointError, Faults, shown
 from fp8jax.layers import Linear
 from fp8jax.models import CausalLM, DecoderConfig
 from fp8jax.moe import ExpertNames, Router, SparseMoE
 from fp8jax.quantization_config import LayerKind
 
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d{1,9})\.")
+_EXPERT = re.compile(r"\.experts\.(\d{1,9})\.")
+_COMPARED_BYTES = 16 << 20
+# Similar names are looked for in so many faults, among so many tensors: each comparison takes some 20 µs.
+_HINTED_FAULTS, _HINT_CANDIDATES = 20, 1000
 _FLOAT_DTYPES = ("bfloat16", "float16", "float32")
 # Buffers that old checkpoints carry and that follow from config.json.
 _DERIVED_TENSORS = re.compile(r".*\.(rotary_emb\.inv_freq|self_attn\.(masked_bias|bias))")
+
+
+@dataclass(frozen=True)
+class Span:
+    """Consecutive rows of one tensor of the checkpoint, the tensor taken as a matrix of rows whatever its shape.
+
+    Args:
+        source: its name.
+        first, rows: which rows of it.
+    """
+
+    source: str
+    first: int
+    rows: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +74,15 @@ class Parameter:
     kind: LayerKind | Literal["other"]
     shards: tuple[str, ...] = ()
 
+    @property
+    def experts(self) -> int | None:
+        """How many experts are stacked in it; None for a weight that is no stack."""
+        return None
+
+    def spans_of(self, expert: int | None) -> tuple[Span, ...]:
+        """What the weight, or one expert's matrix of it, is made of: each shard's rows, from top to bottom."""
+        return tuple(Span(source, 0, shape[0]) for source, shape in self.sources)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertParameter(Parameter):
@@ -74,14 +102,18 @@ class ExpertParameter(Parameter):
         """Whether one tensor holds all experts."""
         return self.sources[0][1] == self.shape
 
-    def shards_of(self, checkpoint: Checkpoint, expert: int) -> tuple[list[str], list[np.ndarray]]:
-        """Of each row group of one expert the source and the view `[n / row_groups, k]`."""
+    @property
+    def experts(self) -> int:
+        return self.shape[0]
+
+    def spans_of(self, expert: int | None) -> tuple[Span, ...]:
+        assert expert is not None
+        n, groups = self.shape[1], self.row_groups
         if self.stacked:
             source = self.sources[0][0]
-            return [source] * self.row_groups, np.split(checkpoint.read(source)[expert], self.row_groups)
-        first = expert * self.row_groups
-        sources = [source for source, _ in self.sources[first : first + self.row_groups]]
-        return sources, [checkpoint.read(source) for source in sources]
+            return tuple(Span(source, expert * n + group * (n // groups), n // groups) for group in range(groups))
+        first = expert * groups
+        return tuple(Span(source, 0, shape[0]) for source, shape in self.sources[first : first + groups])
 
 
 def model_parameters(model: CausalLM, tensors: Collection[str]) -> Iterator[Parameter]:
@@ -180,11 +212,62 @@ def tied_as_stored(config: DecoderConfig, checkpoint: Checkpoint) -> DecoderConf
     if not config.tied or head not in checkpoint.tensors or table not in checkpoint.tensors:
         return config
     one, other = checkpoint.tensors[head], checkpoint.tensors[table]
-    if (one.shape, one.dtype) == (other.shape, other.dtype):
-        one_bytes, other_bytes = (checkpoint.read(name).reshape(-1).view(np.uint8) for name in (head, table))
-        if np.array_equal(one_bytes, other_bytes):
-            return config
+    if (one.shape, one.dtype) == (other.shape, other.dtype) and _same_bytes(checkpoint, head, table):
+        return config
     return dataclasses.replace(config, tied=False)
+
+
+def _same_bytes(checkpoint: Checkpoint, one: str, other: str) -> bool:
+    """Whether two tensors of one shape and dtype are equal, by bytes; read in pieces, for they may be large."""
+    rows, nbytes = checkpoint.tensors[one].shape[0], checkpoint.tensors[one].nbytes
+    step = max(1, rows * _COMPARED_BYTES // max(nbytes, 1))
+    for start in range(0, rows, step):
+        piece = slice(start, start + step)
+        if checkpoint.read(one, piece).tobytes() != checkpoint.read(other, piece).tobytes():
+            return False
+    return True
+
+
+def check_layer_count(checkpoint: Checkpoint) -> None:
+    """Holds the number of layers in config.json against the names in the files, before anything is built by it.
+
+    Raises:
+        CheckpointError: config.json asks for more layers than there are.
+    """
+    wanted = checkpoint.config.get("num_hidden_layers")
+    found = max((int(match[1]) + 1 for name in checkpoint.tensors if (match := _LAYER.search(name))), default=0)
+    if type(wanted) is int and wanted > found:  # of another type: whoever reads the config says so
+        raise CheckpointError(
+            f"{checkpoint.folder}: config.json says num_hidden_layers is {wanted}, {_held(checkpoint, found, 'layer')}; do the"
+            " two belong together, and is every shard there?"
+        )
+
+
+def check_expert_count(checkpoint: Checkpoint, config: DecoderConfig) -> None:
+    """Holds the number of experts in config.json against the files, by their names or by the stacks' first dimension.
+
+    Raises:
+        CheckpointError: config.json asks for more experts than there are.
+    """
+    if config.moe is None or not any(map(config.has_experts, range(config.num_layers))):
+        return
+    found = max((int(match[1]) + 1 for name in checkpoint.tensors if (match := _EXPERT.search(name))), default=0)
+    stacks = (info.shape[0] for info in checkpoint.tensors.values() if len(info.shape) == 3)
+    found = max([found, *stacks])
+    if config.moe.num_experts > found:
+        raise CheckpointError(
+            f"{checkpoint.folder}: config.json says that there are {config.moe.num_experts} experts,"
+            f" {_held(checkpoint, found, 'expert')}; do the two belong together, and is every shard there?"
+        )
+
+
+def _held(checkpoint: Checkpoint, found: int, what: str) -> str:
+    if found:
+        return f"the files have {found} {what}{'s' if found > 1 else ''}"
+    first = next(iter(checkpoint.tensors), None)
+    return f"the files have no tensor of {what}s" + (
+        f" (the first is called {shown(first)})" if first else " and no other"
+    )
 
 
 def check_against(checkpoint: Checkpoint, parameters: Sequence[Parameter]) -> None:
@@ -193,13 +276,16 @@ def check_against(checkpoint: Checkpoint, parameters: Sequence[Parameter]) -> No
     Raises:
         CheckpointError: lists all faults.
     """
-    faults = []
+    faults = Faults()
     wanted = {source: shape for p in parameters for source, shape in p.sources}
+    unknown = sorted(set(checkpoint.tensors) - set(wanted))
     for source, shape in wanted.items():
         info = checkpoint.tensors.get(source)
         if info is None:
-            close = difflib.get_close_matches(source, set(checkpoint.tensors) - set(wanted), n=1)
-            hint = f"; the checkpoint has {close[0]!r}, which the model does not" if close else ""
+            close = []
+            if len(faults) < _HINTED_FAULTS:
+                close = difflib.get_close_matches(source, unknown[:_HINT_CANDIDATES], n=1)
+            hint = f"; the checkpoint has {shown(close[0])}, which the model does not" if close else ""
             faults.append(f"{source}: missing, config.json asks for shape {list(shape)}{hint}")
         elif tuple(info.shape) != shape:
             faults.append(
@@ -210,12 +296,11 @@ def check_against(checkpoint: Checkpoint, parameters: Sequence[Parameter]) -> No
             faults.append(
                 f"{source}: dtype {info.dtype.name}; online quantization starts from {', '.join(_FLOAT_DTYPES)} weights"
             )
-    for name in sorted(
-        set(checkpoint.tensors) - set(wanted) - {"lm_head.weight"}
-    ):  # a tied head was seen to in `tied_as_stored`
-        if not _DERIVED_TENSORS.fullmatch(name):
+    for name in unknown:
+        # A tied head was seen to in `tied_as_stored`.
+        if name != "lm_head.weight" and not _DERIVED_TENSORS.fullmatch(name):
             faults.append(
-                f"{name}: in the checkpoint, but no weight of this architecture; config.json may ask for too few layers, or for a "
+                f"{shown(name)}: in the checkpoint, but no weight of this architecture; config.json may ask for too few layers, or for a "
                 "switch (a bias, say) that it leaves out"
             )
     if faults:

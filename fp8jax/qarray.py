@@ -158,7 +158,7 @@ def scale_shape(shape: tuple[int, ...], scheme: Scheme, *, row_groups: int = 1) 
             return (*experts, row_groups * -(-n // row_groups // BLOCK), -(-k // BLOCK))
 
 
-def quantize(weight: jax.Array, scheme: str | Scheme, *, row_groups: int = 1) -> QArray:
+def quantize(weight: jax.Array, scheme: str | Scheme, *, row_groups: int = 1, amax: jax.Array | None = None) -> QArray:
     """Quantize a weight; traceable, so it works inside `jax.jit` and under `jax.eval_shape`.
 
     It has no derivative, and asking for one is an error. Quantization-aware training takes the straight-through estimate:
@@ -170,6 +170,8 @@ def quantize(weight: jax.Array, scheme: str | Scheme, *, row_groups: int = 1) ->
             does.
         scheme: `"fp8_per_tensor"`, `"fp8_per_block"` or a `Scheme`.
         row_groups: number of equal row groups whose blocks never mix (see the module's text).
+        amax: float32 `[1]`, the largest |w| of all that shares the scale, where `weight` is a part of a matrix that has one
+            scale; None for what `weight` itself has.
     Returns:
         QArray whose codes and scales equal the reference's to the bit.
     Raises:
@@ -189,11 +191,16 @@ def quantize(weight: jax.Array, scheme: str | Scheme, *, row_groups: int = 1) ->
         raise ValueError(f"{weight.shape[-2]} rows do not split into {row_groups} equal row groups")
     weight = gradients.refused(weight, TypeError(_QUANTIZING_HAS_NO_GRADIENT))
 
+    if amax is not None and (scheme.weight != "tensor" or weight.ndim != 2):
+        raise ValueError(f"quantize takes amax for a matrix with one scale, got it for {weight.shape} under {scheme}")
     if scheme.weight == "block":
         qvalue, scale = _quantize_blocks(weight, row_groups)
     else:
         axes = (-2, -1) if scheme.weight == "tensor" else (-1,)
-        amax = jnp.max(jnp.abs(weight), axis=axes, keepdims=True).astype(jnp.float32)
+        if amax is None:
+            amax = jnp.max(jnp.abs(weight), axis=axes, keepdims=True).astype(jnp.float32)
+        else:
+            amax = amax.reshape(1, 1)
         scale = jnp.maximum(exact_division.divide(amax, jnp.float32(E4M3_MAX)), jnp.float32(_SMALLEST_NORMAL))
         qvalue = _to_e4m3(_multiply_with_subnormals(weight, exact_division.divide(jnp.float32(1), scale)))
         scale = scale.reshape(scale_shape(weight.shape, scheme))

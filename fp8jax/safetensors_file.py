@@ -8,8 +8,9 @@ Offsets count from the start of the data part. The format's own rule makes a str
 the tensors must tile the data part exactly, from byte 0 to the last. A file that was cut short, padded or patched
 breaks the tiling, so nothing of it is handed out.
 
-Why not the `safetensors` package: its NumPy interface cannot return FP8 or E8M0 tensors, and it copies. Reading the
-header alone (this file) and mapping the data (`checkpoint.py`) costs milliseconds whatever the size of the model.
+Why not the `safetensors` package: its NumPy interface cannot return FP8 or E8M0 tensors, and it maps the file, which kills
+the process if the file is cut short meanwhile. Reading the header alone (this file) costs milliseconds whatever the size
+of the model; data is read when it is wanted (`checkpoint.py`).
 
 A header comes from strangers. Its length is compared with the file's before anything is allocated, `json` gets its
 blind spots covered (duplicate keys, NaN, endless nesting, `true` counted as the integer 1), and every number is
@@ -19,18 +20,20 @@ Source: the format description in the safetensors repository; the list of what i
 feeding it hand-made files.
 """
 
+import io
 import json
 import math
 import os
-import stat
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from reprlib import Repr
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+
+from fp8jax.checkpoint_error import CheckpointError, Faults, shown
+from fp8jax.checkpoint_error import shown_value as _short
+from fp8jax.file_reading import FileStamp, NotRegularError, open_regular, reason
 
 DTYPES: dict[str, np.dtype] = {
     "BOOL": np.dtype(np.bool_),
@@ -58,33 +61,6 @@ PACKED_DTYPES = ("F4", "F6_E2M3", "F6_E3M2")  # several values share a byte: no 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the format's own reader
 MAX_DIMENSIONS = 64  # NumPy's limit
 MAX_SIZE = 2**63 - 1  # what an array index can count
-MAX_FAULTS_SHOWN = 20
-
-# Cuts long and deep values, so that a hostile header can neither flood nor crash the error message.
-_short = Repr(maxlevel=2, maxlist=8, maxdict=4, maxstring=60, maxlong=40, maxother=60).repr
-
-
-class CheckpointError(ValueError):
-    """A checkpoint file or folder is malformed or cannot be used; `faults` holds everything found, one line each."""
-
-    faults: tuple[str, ...]
-
-    def __init__(self, message: str):
-        super().__init__(message)
-        self.faults = (message,)
-
-    @classmethod
-    def gather(cls, where: str, faults: Sequence[str]) -> "CheckpointError":
-        """Makes one error of all the faults found at one place."""
-        if len(faults) == 1:
-            error = cls(f"{where}: {faults[0]}")
-        else:
-            lines = [f"{where}: {len(faults)} faults", *faults[:MAX_FAULTS_SHOWN]]
-            if len(faults) > MAX_FAULTS_SHOWN:
-                lines.append(f"... and {len(faults) - MAX_FAULTS_SHOWN} more")
-            error = cls("\n  - ".join(lines))
-        error.faults = tuple(faults)
-        return error
 
 
 @dataclass(frozen=True)
@@ -117,11 +93,15 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, TensorInfo]:
 
     Source: the safetensors format.
     """
-    path = Path(path)
-    header, file_bytes = _header_bytes(path)
+    return read_stamped_header(Path(path))[0]
+
+
+def read_stamped_header(path: Path) -> tuple[dict[str, TensorInfo], FileStamp]:
+    """`read_header`, and the stamp of the file that the header was read from."""
+    header, stamp = _header_bytes(path)
     data_start = 8 + len(header)
 
-    faults: list[str] = []
+    faults = Faults()
     entries = parse_object(header, faults)
     _check_metadata(entries.pop("__metadata__", None), faults)
     tensors = {}
@@ -129,25 +109,25 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, TensorInfo]:
         if info := _tensor_info(name, entry, path, data_start, faults):
             tensors[name] = info
     if not faults:  # offsets mean something only once every entry is sound
-        _check_tiling(tensors, data_start, file_bytes, faults)
+        _check_tiling(tensors, data_start, stamp.size, faults)
     if faults:
         raise CheckpointError.gather(str(path), faults)
-    return tensors
+    return tensors, stamp
 
 
-def parse_object(raw: bytes, faults: list[str], *, strict: bool = True) -> dict[str, Any]:
+def parse_object(raw: bytes, faults: Faults, *, strict: bool = True) -> dict[str, Any]:
     """Parses bytes that must be one JSON object; on failure appends to `faults` and returns an empty one.
 
     `strict` refuses duplicate keys, of which `json` would silently keep the last, and NaN and Infinity, which JSON does
     not have. Configurations are read without it: `json.dump` writes such constants into real ones.
     """
-    duplicates: list[str] = []
+    duplicates = Faults()
 
     def pairs_to_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) != len(pairs):
             seen: set[str] = set()
-            duplicates.extend(key for key, _ in pairs if key in seen or seen.add(key))
+            duplicates.extend(_twice(key) for key, _ in pairs if key in seen or seen.add(key))
         return result
 
     hooks: dict[str, Any] = {}
@@ -164,40 +144,36 @@ def parse_object(raw: bytes, faults: list[str], *, strict: bool = True) -> dict[
     except RecursionError:
         faults.append("JSON is nested too deeply to be read; no checkpoint needs that, the file is not to be trusted")
         return {}
-    faults.extend(f"the key {shown(key)} occurs twice in one JSON object; remove one" for key in duplicates)
+    faults.merge(duplicates)
     if not isinstance(value, dict):
         faults.append(f"must hold a JSON object, found {_short(value)}")
         return {}
     return value
 
 
-def shown(name: str) -> str:
-    """Returns a tensor or file name fit for a message: escaped if it would garble a terminal, cut if very long."""
-    text = name if name and name.isprintable() else ascii(name)
-    return text if len(text) <= 200 else f"{text[:200]}… ({len(text)} characters)"
+def _twice(key: str) -> str:
+    return f"the key {shown(key)} occurs twice in one JSON object; remove one"
 
 
-def _header_bytes(path: Path) -> tuple[bytes, int]:
-    """Returns the header's bytes and the length of the file."""
+def _header_bytes(path: Path) -> tuple[bytes, FileStamp]:
+    """Returns the header's bytes and the stamp of the file."""
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # before opening: a pipe would block
-            raise CheckpointError.gather(str(path), ["not a regular file; expected a safetensors file"])
-        with path.open("rb") as file:
-            file_bytes = os.fstat(file.fileno()).st_size
+        raw, stamp = open_regular(path)
+        file_bytes = stamp.size
+        with io.BufferedReader(raw) as file:
             prefix = file.read(8)
             length = int.from_bytes(prefix, "little")
             # The length is only a claim: it is compared with the file before anything is allocated by it.
             if len(prefix) == 8 and length <= min(MAX_HEADER_BYTES, file_bytes - 8):
                 header = file.read(length)
                 if len(header) == length:
-                    return header, file_bytes
+                    return header, stamp
             beginning = prefix + file.read(16)
-    except CheckpointError:
-        raise
-    except (OSError, ValueError) as error:  # ValueError: a path that no file system can hold
-        reason = getattr(error, "strerror", None) or error
-        fault = f"cannot be read ({reason}); check the path and its permissions"
+    except NotRegularError as error:
+        fault = f"is {error}, not a regular file; expected a safetensors file"
         raise CheckpointError.gather(shown(str(path)), [fault]) from error
+    except (OSError, ValueError) as error:  # ValueError: a path that no file system can hold
+        raise CheckpointError.gather(shown(str(path)), [reason(error)]) from error
 
     if beginning.startswith(b"version https://git-lfs"):
         fault = "is a Git LFS pointer, not the weights; fetch them with `git lfs pull`"
@@ -210,7 +186,7 @@ def _header_bytes(path: Path) -> tuple[bytes, int]:
     raise CheckpointError.gather(str(path), [fault])
 
 
-def _tensor_info(name: str, entry: Any, path: Path, data_start: int, faults: list[str]) -> TensorInfo | None:
+def _tensor_info(name: str, entry: Any, path: Path, data_start: int, faults: Faults) -> TensorInfo | None:
     """Checks one header entry by itself; returns None after appending to `faults` what is wrong with it."""
     wrong = _entry_faults(name, entry)
     if not wrong:
@@ -258,7 +234,7 @@ def _entry_faults(name: str, entry: Any) -> list[str]:
     return wrong
 
 
-def _check_tiling(tensors: dict[str, TensorInfo], data_start: int, file_bytes: int, faults: list[str]) -> None:
+def _check_tiling(tensors: dict[str, TensorInfo], data_start: int, file_bytes: int, faults: Faults) -> None:
     """Checks that the tensors, sorted by offset, cover the data part without hole, overlap or remainder."""
     reached, previous = data_start, None
     for info in sorted(tensors.values(), key=lambda info: (info.begin, info.end)):
@@ -274,7 +250,7 @@ def _check_tiling(tensors: dict[str, TensorInfo], data_start: int, file_bytes: i
         faults.append(f"the header describes {described} bytes of data, the file holds {held}; {hint}")
 
 
-def _check_metadata(metadata: Any, faults: list[str]) -> None:
+def _check_metadata(metadata: Any, faults: Faults) -> None:
     if metadata is None:
         return
     if not isinstance(metadata, dict):

@@ -22,9 +22,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fp8jax.safetensors_file import CheckpointError, shown
+from fp8jax.checkpoint_error import CheckpointError, shown
+from fp8jax.file_reading import check_readable
 
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json", "tokenizer_config.json")
+# Whatever a tokenizer may read; the largest real one, of 262 144 tokens, has 33 MB.
+_SUFFIXES, _MAX_FILE_BYTES = (".json", ".model", ".txt", ".jinja"), 500_000_000
 _BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")
 _WINDOW = 4  # tokens; decoding starts one to two windows back, where one visible token of context would do
 
@@ -39,8 +42,9 @@ def load_tokenizer(folder: Path) -> Any | None:
         CheckpointError: tokenizer files that transformers cannot read, or that need Python code from the checkpoint; names
             the folder and the reason.
     """
-    if not any((folder / name).is_file() for name in _FILES):
+    if not any(os.path.lexists(folder / name) for name in _FILES):
         return None
+    check_readable(folder, _SUFFIXES, _MAX_FILE_BYTES)  # transformers would wait for ever for a pipe
     with _transformers:
         # transformers warns that PyTorch is missing, which it is meant to be.
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

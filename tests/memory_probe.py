@@ -1,6 +1,6 @@
 """A child process that loads a checkpoint, and its parent that watches how much private memory the child takes.
 
-The parent samples RssAnon every 2 ms or so: pages of the mapped file are the page cache's and do not count. Run as a
+The parent samples RssAnon every 2 ms or so: pages of the page cache do not count. Run as a
 script, this file is the child: it imports what loading needs, says "idle", waits for a line, loads, and says what it
 holds.
 """
@@ -29,7 +29,10 @@ class Probe:
 
 
 def watch_loading(folder: Path, scheme: str, *, mode: str = "load") -> Probe:
-    """Load `folder` in a process of its own; mode "keep" also keeps an unquantized copy, for the negative control."""
+    """Load `folder` in a process of its own.
+
+    For negative controls, mode "keep" also keeps an unquantized copy, and "whole" makes one piece of every matrix.
+    """
     command = [sys.executable, __file__, str(folder), scheme, mode]
     with subprocess.Popen(command, cwd=HERE.parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdin is not None and child.stdout is not None
@@ -61,6 +64,7 @@ def _child(folder: str, scheme: str, mode: str) -> None:
     import jax.numpy as jnp
 
     import fp8jax
+    from fp8jax import filling
     from fp8jax.checkpoint import Checkpoint
 
     jax.block_until_ready(jnp.zeros(8) + 1)  # the backend is part of idling
@@ -71,6 +75,8 @@ def _child(folder: str, scheme: str, mode: str) -> None:
         with Checkpoint.open(folder) as checkpoint:
             kept = [jax.device_put(checkpoint.read(name), may_alias=False) for name in checkpoint.tensors]
             jax.block_until_ready(kept)
+    if mode == "whole":
+        filling.PIECE_BYTES = 1 << 40
     lm = fp8jax.load_quantized(folder, scheme)
     held = {"bytes_before": lm.report.bytes_before, "bytes_after": lm.report.bytes_after, "kept": len(kept)}
     print(json.dumps(held), flush=True)

@@ -71,7 +71,7 @@ def test_weights_take_at_most_0_51_of_their_bf16_bytes():
 @pytest.mark.parametrize("scheme", [None, *SCHEMES])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_overwriting_the_file_afterwards_changes_nothing(folder, scheme, dtype):
-    """No array of the model points into the mapped file. The data is aligned first, or nothing could."""
+    """No array of the model points into the file or into the buffers it was read into."""
     tensors = load_file(folder / FILE)
     if dtype == "float32":  # the dtype that needs no cast, so that aliasing would be possible
         tensors = {name: tensor.astype(np.float32) for name, tensor in tensors.items()}
@@ -283,13 +283,79 @@ def test_a_layer_too_few_in_config_json_is_noticed(folder):
     ("arguments", "message"),
     [
         ({"dtype": "float8"}, "bfloat16, float16, float32"),
+        ({"dtype": np.float64}, "bfloat16, float16, float32"),
+        ({"dtype": None}, "dtype None is not supported"),
+        ({"dtype": 16}, "dtype 16 is not supported"),
+        ({"dtype": "BF16"}, "dtype 'BF16' is not supported"),
+        ({"progress": "yes"}, "progress is 'yes'; choose one of auto, on, off, True, False"),
+        ({"progress": None}, "progress is None"),
+        ({"progress": 1}, "progress is 1"),
+        ({"progress": ["on"]}, "progress is"),
+        ({"scheme": ["fp8_per_block"]}, "scheme is"),
+        ({"scheme": 8}, "scheme is 8; give the name of one"),
+        ({"quantization_config": "fp8_per_block"}, "quantization_config is 'fp8_per_block'; give a dict"),
+        ({"quantization_config": [("ignore", [])]}, "quantization_config is"),
+        ({"revision": 3}, "revision is 3"),
+        ({"revision": b"main"}, "revision is b'main'"),
+        ({"repo": None}, "repo is None"),
+        ({"repo": b"x"}, "repo is b'x'"),
+        ({"implementation": None}, "auto, xla, triton"),
+        ({"implementation": ["xla"]}, "auto, xla, triton"),
         ({"implementation": "cuda"}, "auto, xla, triton"),
         ({"scheme": "fp8"}, "fp8_per_tensor, fp8_per_block, online"),
     ],
 )
-def test_wrong_arguments_list_the_right_ones(arguments, message):
+def test_wrong_arguments_list_the_right_ones_before_any_file_is_opened(arguments, message, monkeypatch):
+    monkeypatch.setattr(fp8jax.Checkpoint, "open", None)
     with pytest.raises(ValueError, match=message):
-        fp8jax.load_quantized(GOLDENS / "llama2", **arguments)
+        fp8jax.load_quantized(**{"repo": GOLDENS / "llama2"} | arguments)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [
+        (jnp.bfloat16, "bfloat16"),
+        (jnp.dtype("bfloat16"), "bfloat16"),
+        ("bf16", "bfloat16"),
+        ("torch.bfloat16", "bfloat16"),
+        (np.float16, "float16"),
+        ("fp16", "float16"),
+        (np.dtype(np.float32), "float32"),
+        (jnp.float32, "float32"),
+        ("fp32", "float32"),
+    ],
+)
+def test_a_dtype_may_be_a_name_a_short_name_or_a_dtype(folder, dtype, expected):
+    assert fp8jax.load_quantized(folder, None, dtype=dtype).model.config.dtype == expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "stored", "expected"),
+    [
+        ({"dtype": "float16", "torch_dtype": None}, ml_dtypes.bfloat16, "float16"),
+        ({"dtype": None, "torch_dtype": "float32"}, ml_dtypes.bfloat16, "float32"),
+        ({"dtype": None, "torch_dtype": None}, np.float16, "float16"),
+        ({"dtype": None, "torch_dtype": None}, ml_dtypes.bfloat16, "bfloat16"),
+    ],
+)
+def test_auto_is_the_dtype_that_the_checkpoint_names_or_has(folder, fields, stored, expected):
+    reconfigure(folder, **fields)
+    rewrite(folder, lambda tensors: tensors.update({name: x.astype(stored) for name, x in tensors.items()}))
+    lm = fp8jax.load_quantized(folder, None, dtype="auto")
+    table: Any = lm.weight("model.embed_tokens")
+    assert (lm.model.config.dtype, table.dtype) == (expected, expected)
+
+
+def test_auto_under_a_dtype_that_is_none_of_ours_says_where_it_stands(folder):
+    reconfigure(folder, dtype="float64")
+    with pytest.raises(ValueError, match="config.json.*dtype is 'float64'.*choose one of bfloat16"):
+        fp8jax.load_quantized(folder, None, dtype="auto")
+
+
+@pytest.mark.parametrize(("progress", "shown"), [(True, True), ("on", True), (False, False), ("off", False)])
+def test_progress_is_on_or_off(folder, progress, shown, capsys):
+    fp8jax.load_quantized(folder, None, progress=progress)
+    assert ("loading" in capsys.readouterr().err) is shown
 
 
 def test_an_already_quantized_checkpoint_is_refused(folder):

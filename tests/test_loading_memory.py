@@ -1,4 +1,4 @@
-"""Loading holds the finished layers and one layer more, never the BF16 model: watched from outside, on a 2 GB checkpoint."""
+"""Loading holds the finished layers and two pieces, never the BF16 model nor a layer of it: watched from outside, on 0.9 GB."""
 
 import json
 import sys
@@ -14,27 +14,29 @@ pytestmark = [
 ]
 
 MB = 1_000_000
-HIDDEN, INTERMEDIATE, LAYERS, VOCAB = 2048, 8192, 15, 8192
+HIDDEN, INTERMEDIATE, VOCAB = 2048, 32768, 8192
+LAYERS = {"bfloat16": 2, "float32": 1}
 LARGEST_LAYER = 2 * INTERMEDIATE * HIDDEN  # gate_up, in elements
 
 
-@pytest.fixture(scope="module")
-def big_checkpoint(tmp_path_factory):
-    """About 2 GB of BF16 weights whose data begins at an odd byte: an aligned view could be aliased, which would hide a copy."""
+@pytest.fixture(scope="module", params=LAYERS)
+def big_checkpoint(tmp_path_factory, request):
+    """0.9 GB of weights in few large layers, whose data begins at an odd byte as in many real files."""
+    dtype, layers = request.param, LAYERS[request.param]
     folder = tmp_path_factory.mktemp("big")
     config = {
         "architectures": ["LlamaForCausalLM"],
         "hidden_size": HIDDEN,
         "intermediate_size": INTERMEDIATE,
-        "num_hidden_layers": LAYERS,
+        "num_hidden_layers": layers,
         "num_attention_heads": 16,
         "vocab_size": VOCAB,
         "max_position_embeddings": 128,
         "tie_word_embeddings": True,
     }
     (folder / "config.json").write_text(json.dumps(config))
-    rng = np.random.default_rng(0)
-    noise = rng.standard_normal(2 * INTERMEDIATE * HIDDEN, dtype=np.float32).astype(ml_dtypes.bfloat16)
+    noise = np.random.default_rng(0).standard_normal(INTERMEDIATE * HIDDEN // 16, np.float32)
+    noise = np.tile(noise.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32), 16)
 
     def weight(*shape):
         return noise[: np.prod(shape)].reshape(shape)
@@ -50,7 +52,7 @@ def big_checkpoint(tmp_path_factory):
         "rest.safetensors",
         {"model.embed_tokens.weight": weight(VOCAB, HIDDEN), "model.norm.weight": weight(HIDDEN)},
     )
-    for i in range(LAYERS):
+    for i in range(layers):
         layer = f"model.layers.{i}."
         tensors = {f"{layer}self_attn.{x}_proj.weight": weight(HIDDEN, HIDDEN) for x in "qkvo"}
         tensors |= {f"{layer}mlp.{x}_proj.weight": weight(INTERMEDIATE, HIDDEN) for x in ("gate", "up")}
@@ -58,7 +60,7 @@ def big_checkpoint(tmp_path_factory):
         tensors |= {f"{layer}{x}_layernorm.weight": weight(HIDDEN) for x in ("input", "post_attention")}
         save(f"layer{i}.safetensors", tensors)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    assert 1.9e9 < sum(file.stat().st_size for file in folder.iterdir()) < 2.3e9
+    assert 0.85e9 < sum(file.stat().st_size for file in folder.iterdir()) < 1e9
     return folder
 
 
@@ -73,18 +75,24 @@ def misalign(file):
 
 
 def bound(held):
-    """The quantized model, its largest layer in BF16 and in FP32, and 400 MB for compiled code and allocators."""
-    return held["bytes_after"] + LARGEST_LAYER * (2 + 4) + 400 * MB
+    """The quantized model and 240 MB: 124 to 206 are seen, most of it compiled code and what is allocated with it.
+
+    A layer read at once does not fit: gate_up has 268 MB in BF16 and 537 MB in FP32.
+    """
+    assert LARGEST_LAYER * 2 > 1.1 * 240 * MB
+    return held["bytes_after"] + 240 * MB
 
 
 @pytest.mark.parametrize("scheme", ["fp8_per_tensor", "fp8_per_block"])
-def test_peak_private_memory_is_the_result_and_one_layer(big_checkpoint, scheme):
+def test_peak_private_memory_is_the_result_and_two_pieces(big_checkpoint, scheme):
     probe = watch_loading(big_checkpoint, scheme)
     print(f"{scheme}: peak {probe.above_idle / MB:.0f} MB above idle, bound {bound(probe.held) / MB:.0f}, {probe.held}")
     assert probe.above_idle <= bound(probe.held)
 
 
-def test_keeping_a_bf16_copy_would_be_seen(big_checkpoint):
-    """The negative control: the same bound does not hold once a BF16 copy of the model is kept."""
-    probe = watch_loading(big_checkpoint, "fp8_per_tensor", mode="keep")
+@pytest.mark.parametrize("mode", ["whole", "keep"])
+def test_a_layer_at_once_or_a_copy_of_the_model_would_be_seen(big_checkpoint, mode):
+    """The negative controls: the same bound does not hold where layers are not cut, or where BF16 copies are kept."""
+    probe = watch_loading(big_checkpoint, "fp8_per_tensor", mode=mode)
+    print(f"{mode}: peak {probe.above_idle / MB:.0f} MB above idle, bound {bound(probe.held) / MB:.0f}, {probe.held}")
     assert probe.above_idle > bound(probe.held)

@@ -1,4 +1,4 @@
-"""Loading experts holds the finished stacks and one expert more, however they come: watched from outside, on 1.2 GB."""
+"""Loading experts holds the finished stacks and two experts more, however they come: watched from outside, on 1.2 GB."""
 
 import json
 import sys
@@ -80,17 +80,17 @@ def stacked(tmp_path_factory, noise):
 
 
 def bound(held):
-    """The quantized model, one expert in BF16 and 400 MB for compiled code and allocators.
+    """The quantized model and 180 MB: 87 to 113 are seen, most of it compiled code and what is allocated with it.
 
-    A layer's experts in BF16 are 604 MB: whoever makes them at once does not fit.
+    A layer's experts in BF16 are 604 MB: whoever makes them at once, or their larger stack of 403, does not fit.
     """
-    assert EXPERTS * EXPERT * 2 > 1.5 * 400 * MB
-    return held["bytes_after"] + EXPERT * 2 + 400 * MB
+    assert EXPERTS * EXPERT * 2 > 3 * 180 * MB
+    return held["bytes_after"] + 180 * MB
 
 
 @pytest.mark.parametrize("scheme", ["fp8_per_tensor", "fp8_per_block"])
 @pytest.mark.parametrize("layout", ["one_by_one", "stacked"])
-def test_peak_private_memory_is_the_result_and_one_expert(layout, scheme, request):
+def test_peak_private_memory_is_the_result_and_two_experts(layout, scheme, request):
     probe = watch_loading(request.getfixturevalue(layout), scheme)
     print(f"{layout} {scheme}: peak {probe.above_idle / MB:.0f} MB, bound {bound(probe.held) / MB:.0f}, {probe.held}")
     assert probe.above_idle <= bound(probe.held)

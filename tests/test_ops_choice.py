@@ -280,7 +280,7 @@ def decoded_by_xla(variant: str, scheme: str | None) -> np.ndarray:
     return two_decode_steps(variant, scheme, "xla")
 
 
-def assert_tokens_agree(found: np.ndarray, expected: np.ndarray, unquantized: np.ndarray) -> None:
+def assert_tokens_agree(found: Any, expected: Any, unquantized: Any) -> None:
     """Logits `[..., vocab]` of two float32 implementations of the same quantized model.
 
     Two sums in another order differ by 3e-7 of a token (measured: 1e-7 to 8e-7). A last bit can move a value over the

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from fp8jax.safetensors_file import DTYPES, CheckpointError, read_header
+from fp8jax.checkpoint_error import CheckpointError
+from fp8jax.safetensors_file import DTYPES, read_header
 
 
 def file_bytes(header: object, data: bytes = b"") -> bytes:
