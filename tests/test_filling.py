@@ -56,8 +56,8 @@ def test_pieces_make_the_same_weights_and_report_to_the_bit(variant: str, scheme
     for one, other in zip(pieces.report.layers, whole.report.layers, strict=True):
         assert (one.name, one.shard_amax, one.bytes_after) == (other.name, other.shard_amax, other.bytes_after)
         if one.relative_error is not None and other.relative_error is not None:
-            # All of these rows are looked at either way; float32 sums of squares in another order.
-            assert one.relative_error == pytest.approx(other.relative_error, rel=1e-4)
+            # Of more than 256 rows others are looked at: 1.3 % is seen.
+            assert one.relative_error == pytest.approx(other.relative_error, rel=2e-2)
 
 
 def test_pieces_under_a_scale_a_row(per_channel, request):
