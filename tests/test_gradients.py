@@ -360,10 +360,10 @@ def test_kernels_that_only_decode_refuse():
 # --- whole models -----------------------------------------------------------------------------------------------------
 
 FROZEN = [
-    ("llama31", "fp8_per_tensor", "xla"),
-    ("llama31", "fp8_per_block", "xla"),
     ("llama31", "fp8_per_block", "triton"),
     ("qwen3_moe", "fp8_per_tensor", "xla"),
+    pytest.param("llama31", "fp8_per_tensor", "xla", marks=pytest.mark.slow),
+    pytest.param("llama31", "fp8_per_block", "xla", marks=pytest.mark.slow),
     pytest.param("llama31", "fp8_per_tensor", "triton", marks=pytest.mark.slow),
     pytest.param("qwen3_moe", "fp8_per_block", "xla", marks=pytest.mark.slow),
     pytest.param("qwen3_moe", "fp8_per_tensor", "triton", marks=pytest.mark.slow),
@@ -448,6 +448,5 @@ def test_adapters_over_an_fp8_model_learn_by_plain_gradient_descent(scheme):
     for _ in range(20):
         loss, adapters = descend(adapters, leaves)
         losses.append(float(loss))
-    print(losses)
     assert losses == sorted(losses, reverse=True) and losses[-1] < 0.9 * losses[0]
     assert all(layer.mlp.down_proj.weight is kept for layer, kept in zip(layers, codes, strict=True))
