@@ -31,7 +31,7 @@ _SMALLEST_NORMAL = 2.0**-126
 _BLOCK_AMAX_FLOOR = 1e-4
 _QUANTIZING_HAS_NO_GRADIENT = (
     "quantize has no gradient: rounding is a staircase. For the straight-through estimate write "
-    "w + jax.lax.stop_gradient(fp8jax.dequantize(fp8jax.quantize(w, scheme)) - w)"
+    "fixed = jax.lax.stop_gradient(w); w + (fp8jax.dequantize(fp8jax.quantize(fixed, scheme)) - fixed)"
 )
 
 
@@ -163,7 +163,8 @@ def quantize(weight: jax.Array, scheme: str | Scheme, *, row_groups: int = 1, am
 
     It has no derivative, and asking for one is an error. Quantization-aware training takes the straight-through estimate:
 
-        w + jax.lax.stop_gradient(dequantize(quantize(w, scheme)) - w)
+        fixed = jax.lax.stop_gradient(w)
+        w + (dequantize(quantize(fixed, scheme)) - fixed)
 
     Args:
         weight: bfloat16, float16 or float32, `[n, k]` or `[e, n, k]`. NaN and Inf are not looked for here; the loader

@@ -81,6 +81,18 @@ def dequantized_weight(weight: Tensor, scheme: str) -> Tensor:
     return decode(codes, wide)
 
 
+class StraightThrough(torch.autograd.Function):
+    """The decoded activations, with the gradient of those that were quantized."""
+
+    @staticmethod
+    def forward(_context, decoded: Tensor, _x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return decoded
+
+    @staticmethod
+    def backward(_context, gradient: Tensor) -> tuple[None, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return None, gradient.float()
+
+
 class FakeQuantLinear(nn.Module):
     """y = dequantize(quantize(x)) @ weight.T + bias, with `weight` [n, k] already dequantized to float64."""
 
@@ -89,8 +101,9 @@ class FakeQuantLinear(nn.Module):
         self.weight, self.bias, self.granularity = weight, bias, granularity
 
     def forward(self, x: Tensor) -> Tensor:
-        codes, _, wide = quantize_activation(x.reshape(-1, x.shape[-1]), self.granularity)
-        out = (decode(codes, wide) @ self.weight.T).float()
+        rows = x.reshape(-1, x.shape[-1])
+        codes, _, wide = quantize_activation(rows.detach(), self.granularity)
+        out = (StraightThrough.apply(decode(codes, wide), rows) @ self.weight.T).float()
         out = out if self.bias is None else out + self.bias
         return out.reshape(*x.shape[:-1], -1)
 
