@@ -126,9 +126,7 @@ def whole_loop(lm, ids=IDS, lengths=TWO, rules=RULES, ends=ENDS, new: Any = 4, *
             "cache is of 2 layers, the model of 1",
         ),
         (
-            lambda lm: fp8jax.decode_step(
-                lm.model, lm.model.empty_cache(2, 8), IDS[:, 0], np.asarray([8, 3], np.int32)
-            ),
+            lambda lm: fp8jax.decode_step(lm.model, lm.model.empty_cache(2, 8), IDS[:, 0], TWO + np.int32(4)),
             "positions holds 8, expected 0 to 7",
         ),
         (
