@@ -33,7 +33,7 @@ def on_mesh_of(weight: jax.Array) -> contextlib.AbstractContextManager[Any]:
     if not _is_explicit(weight) or not jax.sharding.get_abstract_mesh().empty:
         return contextlib.nullcontext()
     if not isinstance(weight, Tracer) and isinstance(weight.sharding, NamedSharding):
-        return jax.sharding.set_mesh(weight.sharding.mesh)
+        return jax.sharding.set_mesh(weight.sharding.mesh)  # pyright: ignore[reportArgumentType]
     return jax.sharding.use_abstract_mesh(jax.typeof(weight).sharding.mesh)
 
 

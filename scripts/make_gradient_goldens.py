@@ -62,7 +62,7 @@ def main() -> None:
                 f"{variant} {scheme}: loss {float(loss):.5f}, gradient norms {stream.flatten(1).norm(dim=1).tolist()}"
             )
             arrays |= {f"{variant}.{scheme}.loss": loss.numpy(), f"{variant}.{scheme}.stream": stream.numpy()}
-    np.savez_compressed(folder / "gradients.npz", **arrays)
+    np.savez_compressed(folder / "gradients.npz", **arrays)  # pyright: ignore[reportArgumentType]
 
 
 if __name__ == "__main__":

@@ -152,6 +152,13 @@ def test_a_rows_draws_depend_on_its_seed_alone():
     assert lm.generate([a, a], seed=[3, 4], **options)[1].token_ids != first[0].token_ids
 
 
+def test_every_step_of_a_row_draws_anew():
+    rows, flat = 200, jnp.zeros((200, 1000), jnp.float32)
+    sampling = fp8jax.Sampling.of(rows, temperature=1.0, seed=list(range(rows)))
+    first, second = (np.asarray(fp8jax.sample(flat, sampling, jnp.int32(step))[0]) for step in (0, 1))
+    assert (first == second).sum() < 5  # of 200 independent pairs of 1000 values: 0.2 expected
+
+
 def test_generation_config_gives_the_defaults_and_arguments_beat_it():
     lm = load("llama31")
     assert lm.generation_config["do_sample"] and lm.eos_token_ids == (2, 5)
