@@ -83,11 +83,13 @@ def load_quantized(
     with PeakMemory() as memory, Checkpoint.open(repo, revision=revision) as checkpoint:
         checkpoint.require_unquantized()
         where = f"config.json of {repo}"
-        config = read_decoder_config(checkpoint.config, dtype=dtype, where=where)
+        about_config: list[str] = []
+        config = read_decoder_config(checkpoint.config, dtype=dtype, where=where, told=about_config)
         config = tied_as_stored(config, checkpoint)
         model = CausalLM(config, implementation=implementation)
         parameters = list(model_parameters(model, checkpoint.tensors))
-        schemes, told = _resolve(parameters, quantization)
+        schemes, unmatched = _resolve(parameters, quantization)
+        told = [*about_config, *unmatched]
         check_against(checkpoint, parameters)
         opened = time.perf_counter()
         layers = _fill(checkpoint, parameters, schemes, quantization, dtype=dtype, progress=progress)

@@ -1,7 +1,8 @@
 """Rotary position embedding: the frequencies of every published rope type, and the rotation.
 
-Channel pair i of a head turns by the angle position · f_i with f_i = theta^(−2i/D), D the rotated width of a head. The halves of a
-head are the pairs ("rotate half"): out = [x₁·cos − x₂·sin, x₂·cos + x₁·sin]. To reach longer contexts, models scale f:
+Channel pair i of a head turns by the angle position · f_i with f_i = theta^(−2i/D), D the rotated width of a head.
+The halves of a head are the pairs ("rotate half"): out = [x₁·cos − x₂·sin, x₂·cos + x₁·sin]. To reach longer contexts,
+models scale f:
 
     linear    f / factor
     llama3    long waves / factor, short ones as they are, a linear blend between
@@ -50,23 +51,13 @@ class Rope:
     truncate: bool = True
 
     def frequencies(self) -> np.ndarray:
-        """f_i in radians a position, float32 `[rotary_dim / 2]`."""
-        f = self.theta ** (-np.arange(0, self.rotary_dim, 2, dtype=np.float64) / self.rotary_dim)
-        match self.rope_type:
-            case "linear":
-                f = f / self.factor
-            case "llama3":
-                waves = self.original_max_position_embeddings * f / (2 * math.pi)
-                blend = np.clip((waves - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor), 0, 1)
-                f = f * (blend + (1 - blend) / self.factor)
-            case "yarn":
-                low, high = self._yarn_channel(self.beta_fast), self._yarn_channel(self.beta_slow)
-                if self.truncate:
-                    low, high = math.floor(low), math.ceil(high)
-                low, high = max(low, 0), min(high, self.rotary_dim - 1)
-                ramp = np.clip((np.arange(f.size) - low) / max(high - low, 0.001), 0, 1)
-                f = f * (1 - ramp) + f / self.factor * ramp
-        return f.astype(np.float32)
+        """f_i in radians a position, float32 `[rotary_dim / 2]`.
+
+        Raises:
+            ArithmeticError, ValueError: a logarithm of nothing, a division by zero: numbers that make no rope.
+        """
+        with np.errstate(all="ignore"):  # what is not finite in the end is for the reader of the config to judge
+            return self._scaled(self._unscaled(self._base())).astype(np.float32)
 
     def multiplier(self) -> float:
         """What cos and sin are multiplied by: yarn's attention factor, 1 elsewhere."""
@@ -81,6 +72,37 @@ class Rope:
         if self.mscale and self.mscale_all_dim:
             return growth(self.mscale) / growth(self.mscale_all_dim)
         return growth(1.0)
+
+    def _base(self) -> float:
+        if self.rope_type != "dynamic" or self.rotary_dim == 2:  # a single pair turns by one radian, whatever the base
+            return self.theta
+        # Stretched by (s·n/M − (s − 1))^(D/(D−2)), n = M tokens: 1, or what rounding makes of it.
+        return self.theta * (self.factor - (self.factor - 1)) ** (self.rotary_dim / (self.rotary_dim - 2))
+
+    def _unscaled(self, base: float) -> np.ndarray:
+        return base ** (-np.arange(0, self.rotary_dim, 2, dtype=np.float64) / self.rotary_dim)
+
+    def _scaled(self, f: np.ndarray) -> np.ndarray:
+        match self.rope_type:
+            case "linear":
+                return f / self.factor
+            case "llama3":
+                low, high = self.low_freq_factor, self.high_freq_factor
+                length, wave = self.original_max_position_embeddings, 2 * math.pi / f
+                is_long, is_short = wave > length / low, wave < length / high
+                blend = (length / wave - low) / (high - low) if high != low else np.zeros_like(f)
+                # Bounds in the wrong order leave nothing between them: what is long comes first.
+                between = np.where(is_short, f, f * (blend + (1 - blend) / self.factor))
+                return np.where(is_long, f / self.factor, between)
+            case "yarn":
+                low, high = self._yarn_channel(self.beta_fast), self._yarn_channel(self.beta_slow)
+                if self.truncate:
+                    low, high = math.floor(low), math.ceil(high)
+                low, high = max(low, 0), min(high, self.rotary_dim - 1)
+                ramp = np.clip((np.arange(f.size) - low) / ((high - low) or 0.001), 0, 1)
+                return f * (1 - ramp) + f / self.factor * ramp
+            case _:
+                return f
 
     def _yarn_channel(self, turns: float) -> float:
         """The channel whose wave turns this often within the original context."""

@@ -1,58 +1,61 @@
 """Model families: from a config.json to a `DecoderConfig`. Imported as `fp8jax.models`."""
 
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Mapping
+from types import ModuleType
 from typing import Any
 
 from fp8jax.models import granite, granitemoe, llama, mistral, mixtral, olmoe, qwen2, qwen3, qwen3_moe
 from fp8jax.models.decoder import CausalLM, Decoder, DecoderConfig
-from fp8jax.models.hf_config import HFConfig
+from fp8jax.models.hf_config import HFConfig, shown
 
-ARCHITECTURES: dict[str, Callable[..., DecoderConfig]] = {
-    "GraniteForCausalLM": granite.decoder_config,
-    "GraniteMoeForCausalLM": granitemoe.decoder_config,
-    "LlamaForCausalLM": llama.decoder_config,
-    "MistralForCausalLM": mistral.decoder_config,
-    "MixtralForCausalLM": mixtral.decoder_config,
-    "OlmoeForCausalLM": olmoe.decoder_config,
-    "Qwen2ForCausalLM": qwen2.decoder_config,
-    "Qwen3ForCausalLM": qwen3.decoder_config,
-    "Qwen3MoeForCausalLM": qwen3_moe.decoder_config,
-}
-"""config.json's `architectures[0]` to the function that reads the rest of it."""
-
-_MODEL_TYPES = {
-    "granite": "GraniteForCausalLM",
-    "granitemoe": "GraniteMoeForCausalLM",
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "mixtral": "MixtralForCausalLM",
-    "olmoe": "OlmoeForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "qwen3_moe": "Qwen3MoeForCausalLM",
-}
+_MODULES = (granite, granitemoe, llama, mistral, mixtral, olmoe, qwen2, qwen3, qwen3_moe)
+ARCHITECTURES: dict[str, ModuleType] = {module.FAMILY.architecture: module for module in _MODULES}
+"""config.json's `architectures[0]` to the family's page, which has a `FAMILY` and a `decoder_config`."""
+_MODEL_TYPES = {module.FAMILY.model_type: architecture for architecture, module in ARCHITECTURES.items()}
 
 __all__ = ["ARCHITECTURES", "CausalLM", "Decoder", "DecoderConfig", "read_decoder_config"]
 
 
-def read_decoder_config(raw: Mapping[str, Any], *, dtype: str, where: str = "config.json") -> DecoderConfig:
+def read_decoder_config(
+    raw: Mapping[str, Any], *, dtype: str, where: str = "config.json", told: list[str] | None = None
+) -> DecoderConfig:
     """The decoder that a config.json describes.
 
     Args:
         raw: the JSON object.
         dtype: of activations and unquantized weights.
         where: how to call the file in an error.
+        told: where to put what the user should know about a file that is read all the same, a sentence each; None to
+            warn.
     Raises:
-        ValueError: unknown architecture (with the known ones), or a field that is missing, wrong or not implemented.
+        ValueError: unknown architecture (with the known ones); a field that is wrong, not implemented or not known.
     """
-    config = HFConfig(raw, where)
-    architectures = config.take("architectures", [], kind=list)
-    architecture = architectures[0] if architectures else _MODEL_TYPES.get(config.take("model_type", "", kind=str))
-    if architecture not in ARCHITECTURES:
-        found = architecture or raw.get("model_type")
-        raise ValueError(
-            f"{where}: architecture {found!r} is not implemented; known: {', '.join(sorted(ARCHITECTURES))}"
-        )
-    decoder_config = ARCHITECTURES[architecture](config, dtype=dtype)
+    module = ARCHITECTURES[_architecture(raw, where)]
+    config = HFConfig(raw, module.FAMILY, where)
+    decoder_config = module.decoder_config(config, dtype=dtype)
     config.reject_unread()
+    if told is not None:
+        told += config.told
+    else:
+        for sentence in config.told:
+            warnings.warn(sentence, stacklevel=2)
     return decoder_config
+
+
+def _architecture(raw: Mapping[str, Any], where: str) -> str:
+    """The family, from `architectures` or, without it, from `model_type`; both must mean the same one."""
+    listed, model_type = raw.get("architectures"), raw.get("model_type")
+    by_type = _MODEL_TYPES.get(model_type) if isinstance(model_type, str) else None
+    silent = listed is None or listed == []
+    named = by_type if silent else listed[0] if isinstance(listed, list) else listed
+    if not isinstance(named, str) or named not in ARCHITECTURES:
+        found = shown(model_type if silent else named)
+        raise ValueError(f"{where}: architecture {found} is not implemented; known: {', '.join(sorted(ARCHITECTURES))}")
+    if model_type is not None and by_type != named:
+        expected = ARCHITECTURES[named].FAMILY.model_type
+        raise ValueError(
+            f"{where}: architectures says {named}, whose model_type is {expected!r}, but model_type is {shown(model_type)}, "
+            "which is what transformers goes by; correct the one that is wrong"
+        )
+    return named

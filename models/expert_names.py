@@ -1,13 +1,14 @@
-"""What the tensors of a mixture of experts are called in checkpoints, as several families share it.
+"""What the tensors of a mixture of experts are called in checkpoints, and the fields that describe one, as families share it.
 
 Published files keep the names of the code they were trained with: one matrix an expert, or GraniteMoE's two stacks.
 transformers 5 holds every family's experts as stacks and writes the old names back, but files with the stacks' own names
-exist too. A family lists its own way first and what else is accepted after it; a layer is read in the way that most of its
-tensors are written in.
+exist too. A family lists its own way first and what else is accepted after it; a layer is read in the way that most of
+its tensors are written in.
 """
 
 from typing import Any
 
+from fp8jax.models.config_fields import Neutral
 from fp8jax.models.hf_config import HFConfig
 from fp8jax.moe import ExpertNames, MoEConfig
 
@@ -18,6 +19,16 @@ PER_EXPERT = ExpertNames(
 )
 STACKED = ExpertNames(router="mlp.gate.weight", gate_up=("mlp.experts.gate_up_proj",), down="mlp.experts.down_proj")
 
+_AUXILIARY = "belongs to the router's auxiliary loss, which is for training"
+HARMLESS = {
+    "output_router_logits": _AUXILIARY,
+    "router_aux_loss_coef": _AUXILIARY,
+    "router_jitter_noise": "is multiplied into the router's input in training only",
+}
+"""Fields of a config.json that mixtures of experts may carry and that change nothing."""
+NEUTRAL = {"scoring_func": Neutral(("softmax",)), "topk_method": Neutral(("greedy",))}
+"""Those that name another family's router."""
+
 
 def read_moe(config: HFConfig, **differences: Any) -> MoEConfig:
     """The experts of a config.json: their number and the choices of a token, in either spelling.
@@ -26,11 +37,13 @@ def read_moe(config: HFConfig, **differences: Any) -> MoEConfig:
         config: the file.
         differences: the fields of `MoEConfig` that the family sets itself.
     Raises:
-        ValueError: a number is missing or wrong, or the two spellings disagree.
+        ValueError: a number is wrong, or the two spellings disagree.
     """
-    counts = {key: config.size(key, None) for key in ("num_local_experts", "num_experts")}
-    found = {count for count in counts.values() if count is not None}
-    if len(found) != 1:
+    spellings = ("num_local_experts", "num_experts")
+    counts = {key: config.size(key) for key in spellings if config.has(key)}
+    found = set(counts.values()) or {config.size(key) for key in spellings} - {None}
+    config.read.update(spellings)
+    if len(found) != 1 or None in found:
         raise ValueError(
             f"{config.where}: num_experts or num_local_experts must give one number of experts, got {counts}"
         )

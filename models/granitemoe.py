@@ -4,11 +4,19 @@ The router takes the softmax over the chosen logits only, so the weights add up 
 """
 
 from fp8jax.models.decoder import DecoderConfig
-from fp8jax.models.expert_names import read_moe
-from fp8jax.models.granite import granite_fields
-from fp8jax.models.hf_config import HFConfig
+from fp8jax.models.expert_names import HARMLESS, NEUTRAL, read_moe
+from fp8jax.models.granite import DEFAULTS, granite_fields
+from fp8jax.models.hf_config import Family, HFConfig
 from fp8jax.models.shape import read_shape
 from fp8jax.moe import ExpertNames
+
+FAMILY = Family(
+    architecture="GraniteMoeForCausalLM",
+    model_type="granitemoe",
+    defaults=DEFAULTS | {"num_local_experts": 8, "num_experts_per_tok": 2},
+    harmless=HARMLESS,
+    neutral=NEUTRAL,
+)
 
 NAMES = (
     ExpertNames(
@@ -33,7 +41,7 @@ def decoder_config(config: HFConfig, *, dtype: str) -> DecoderConfig:
     """The decoder that a GraniteMoE config.json describes.
 
     Raises:
-        ValueError: a field is missing, has a wrong type, or asks for something that is not implemented.
+        ValueError: a field has a wrong type or value, or asks for something that is not implemented.
     Source: transformers 5, models/granitemoe.
     """
     moe = read_moe(

@@ -1,181 +1,199 @@
-"""Reading config.json strictly: every field is understood, known to be harmless, or an error.
+"""Reading config.json strictly: every field is computed with, known to change nothing, or an error.
 
-A field that nobody reads is how a model comes out as gibberish. A family takes what it knows with `take`;
-`reject_unread` then looks at what is left. Both spellings are read, that of transformers 4 (`rope_theta`,
-`rope_scaling`, `torch_dtype`) and that of 5 (`rope_parameters`, `dtype`).
+A field that nobody reads is how a model comes out as gibberish. A family takes what it computes with, each field once,
+with the default of its transformers class where the file is silent; `reject_unread` then judges what is left:
+
+    null                         nothing was said, but for the fields of `Neutral` whose null says something
+    a field of `harmless`        passes, whatever its value; the table says why
+    a field of `neutral`         passes at the values listed, and is refused by name at all others
+    anything else                an error, words, zeros and false switches included
+
+The errors of the last two kinds come out together, with the names that are spelled alike. A value of a wrong type, one
+beyond float32, or a size that no model has is a ValueError that names the field; nothing is built in proportion to a
+number of the file.
+
+Source of what each field does: the config and modeling code of transformers 5.23, family by family.
 """
 
+import difflib
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from fp8jax.rotary_embedding import ROPE_TYPES, Rope
+import numpy as np
 
-_REQUIRED = object()
+from fp8jax.models.config_fields import HARMLESS, NEUTRAL, Neutral
 
-# Fields that do not touch the forward pass of inference: bookkeeping, training, token ids, how transformers runs the
-# model.
-_HARMLESS = frozenset(
-    """architectures model_type torch_dtype dtype transformers_version _name_or_path name_or_path use_cache bos_token_id
-    eos_token_id pad_token_id sep_token_id decoder_start_token_id initializer_range attention_dropout hidden_dropout
-    resid_pdrop embd_pdrop attn_pdrop auto_map license max_length min_length do_sample temperature top_k top_p
-    is_llama_config unsloth_version unsloth_fixed quantization_config id2label label2id num_labels problem_type
-    task_specific_params return_dict output_hidden_states output_attentions output_router_logits router_aux_loss_coef
-    router_jitter_noise tokenizer_class chunk_size_feed_forward _attn_implementation_autoset attn_implementation
-    _attn_implementation use_return_dict finetuning_task prefix bad_words_ids gradient_checkpointing
-    transformers.js_config base_model_tp_plan base_model_pp_plan keys_to_ignore_at_inference loss_type
-    num_nextn_predict_layers layer_norm_epsilon_unused repetition_penalty length_penalty num_beams early_stopping
-    no_repeat_ngram_size diversity_penalty num_beam_groups typical_p remove_invalid_values
-    exponential_decay_length_penalty suppress_tokens begin_suppress_tokens forced_bos_token_id forced_eos_token_id
-    encoder_no_repeat_ngram_size num_return_sequences output_scores return_dict_in_generate tf_legacy_loss torchscript
-    use_bfloat16 pruned_heads is_decoder is_encoder_decoder add_cross_attention cross_attention_hidden_size
-    tie_encoder_decoder use_mrope""".split()
-)
-# Fields that would change the mathematics, with the values under which they do not.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "pretraining_tp": (1,),
-    "rope_interleaved": (False,),
-    "attention_bias": (False,),
-    "mlp_bias": (False,),
-    "partial_rotary_factor": (1, 1.0),
-    "sliding_window": (),
-    "use_sliding_window": (False,),
-    "attn_logit_softcapping": (),
-    "final_logit_softcapping": (),
-    "logits_scaling": (1, 1.0),
-    "embedding_multiplier": (1, 1.0),
-    "residual_multiplier": (1, 1.0),
-    "clip_qkv": (),
-    "norm_topk_prob": (False,),
-    "decoder_sparse_step": (1,),
-    "mlp_only_layers": ([],),
-    "shared_expert_intermediate_size": (0,),
-}
+LARGEST_SIZE = 2**31
+MOST_LAYERS = 10_000
+_LARGEST_NUMBER = float(np.finfo(np.float32).max)
+_MOST_FAULTS = 50
+_ABSENT = object()
 
 
-class HFConfig:
-    """A config.json with a memory of what was read.
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """What is peculiar to the config.json of one family.
 
     Args:
-        raw: the JSON object.
-        where: how to call it in an error, "config.json of …".
+        architecture: as `architectures` names it.
+        model_type: the same in the other field.
+        defaults: what each field is where the file is silent, as in the family's transformers class.
+        harmless: fields that this family may carry and that change nothing, with the reason.
+        neutral: fields that change nothing at the values given, and are refused at others.
     """
 
-    def __init__(self, raw: Mapping[str, Any], where: str = "config.json"):
-        self._raw = dict(raw)
-        self._read: set[str] = set()
+    architecture: str
+    model_type: str
+    defaults: Mapping[str, Any]
+    harmless: Mapping[str, str] = field(default_factory=dict)
+    neutral: Mapping[str, Neutral] = field(default_factory=dict)
+
+
+class Fields:
+    """A JSON object that remembers which of its fields were read.
+
+    Args:
+        raw: the object.
+        where: how to call it in an error, "config.json of …".
+        defaults: what is taken for absent fields.
+        prefix: what stands before the name of a field in an error, for an object inside another.
+    """
+
+    def __init__(self, raw: Mapping[str, Any], where: str, *, defaults: Mapping[str, Any] | None = None, prefix=""):
+        self.raw = dict(raw)
         self.where = where
+        self.read: set[str] = set()
+        self._defaults = defaults or {}
+        self._prefix = prefix
 
-    def take(self, key: str, default: Any = _REQUIRED, *, kind: type | tuple[type, ...] | None = None) -> Any:
-        """The value of a field; null counts as absent.
+    def take(self, key: str, *, kind: type | tuple[type, ...], null: Any = _ABSENT) -> Any:
+        """The value of a field; its default where it is absent.
 
+        Args:
+            key: the field; without a default, absent is None.
+            kind: the type or types it may have; a switch is no number.
+            null: what null means; not given, null is an error unless the default is None.
         Raises:
-            ValueError: it is required and absent, or not of the kind.
+            ValueError: it is not of the kind.
         """
-        self._read.add(key)
-        value = self._raw.get(key)
-        if value is None:
-            if default is _REQUIRED:
-                raise ValueError(f"{self.where}: the field {key!r} is missing and this architecture needs it")
+        self.read.add(key)
+        default = self._defaults.get(key)
+        if key not in self.raw:
             return default
-        if kind is not None:
-            kinds = kind if isinstance(kind, tuple) else (kind,)
-            if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-                wanted = " or ".join(k.__name__ for k in kinds)
-                raise ValueError(f"{self.where}: {key} is {value!r}, expected {wanted}")
+        value = self.raw[key]
+        if value is None:
+            if null is not _ABSENT or default is None:
+                return None if null is _ABSENT else null
+            advice = f"; leave it out for the default of this architecture, {default!r}"
+        else:
+            advice = ""
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            wanted = " or ".join(_JSON_NAMES[k] for k in kinds)
+            raise self.fault(key, f"expected {wanted}{advice}")
         return value
 
-    def size(self, key: str, default: Any = _REQUIRED) -> Any:
+    def size(self, key: str, *, null: Any = _ABSENT, most: int = LARGEST_SIZE) -> Any:
         """A field that is a positive integer."""
-        value = self.take(key, default, kind=int)
-        if value is not None and value < 1:
-            raise ValueError(f"{self.where}: {key} is {value}, expected a positive integer")
+        value = self.take(key, kind=int, null=null)
+        if value is not None and not 1 <= value <= most:
+            raise self.fault(key, f"expected a positive integer of at most {most}")
         return value
 
-    def number(self, key: str, default: Any = _REQUIRED) -> Any:
-        """A field that is a number, as float."""
-        value = self.take(key, default, kind=(int, float))
-        return value if value is None else float(value)
+    def number(self, key: str, *, null: Any = _ABSENT) -> Any:
+        """A field that is a number which float32 can hold, as float."""
+        value = self.take(key, kind=(int, float), null=null)
+        if value is None:
+            return None
+        # Compared before it is converted: an integer may be too large for any float. NaN fails the comparison.
+        if not -_LARGEST_NUMBER <= value <= _LARGEST_NUMBER:
+            raise self.fault(key, "expected a finite number within float32")
+        return float(value)
 
-    def flag(self, key: str, default: bool) -> bool:
-        """A field that is true or false."""
-        return self.take(key, default, kind=bool)
+    def flag(self, key: str) -> bool:
+        """A field that is true or false; false where neither the file nor the family says anything."""
+        return bool(self.take(key, kind=bool))
 
     def yes_or_no(self, key: str) -> Literal["yes", "no"]:
-        """A field that is true or false, as `DecoderConfig` takes it; absent is no."""
-        return "yes" if self.flag(key, False) else "no"
+        """A field that is true or false, as `DecoderConfig` takes it."""
+        return "yes" if self.flag(key) else "no"
 
     def has(self, key: str) -> bool:
         """Whether the field is there at all, null included."""
-        return key in self._raw
+        return key in self.raw
+
+    def fault(self, key: str, expected: str) -> ValueError:
+        """The error about a field's value."""
+        return ValueError(f"{self.where}: {self.name(key)} {shown(self.raw.get(key))} is wrong: {expected}")
+
+    def name(self, key: str) -> str:
+        """The field as an error calls it."""
+        return f"{self._prefix}{key}"
+
+
+class HFConfig(Fields):
+    """A config.json.
+
+    Args:
+        raw: the JSON object.
+        family: whose it is.
+        where: how to call it in an error, "config.json of …".
+    """
+
+    def __init__(self, raw: Mapping[str, Any], family: Family, where: str = "config.json"):
+        super().__init__(raw, where, defaults=family.defaults)
+        self.family = family
+        self.harmless = HARMLESS | dict(family.harmless)
+        self.neutral = NEUTRAL | dict(family.neutral)
+        self.told: list[str] = []
+
+    def tell(self, sentence: str) -> None:
+        """Note what the user should know about a file that is read all the same."""
+        self.told.append(f"{self.where}: {sentence}")
 
     def reject_unread(self) -> None:
-        """Raise ValueError for fields that would change the mathematics, or may, and that no one has read."""
-        faults = []
-        for key, value in self._raw.items():
-            if (
-                key in self._read
-                or key in _HARMLESS
-                or value is None
-                or value in _NEUTRAL.get(key, (False, "", [], {}))
-            ):
+        """Judge the fields that no one has taken.
+
+        Raises:
+            ValueError: all of those that change the result, or may.
+        """
+        known = sorted(self.read | self.harmless.keys() | self.neutral.keys())
+        refused, unknown = [], []
+        for key, value in self.raw.items():
+            if key in self.read or key in self.harmless:
                 continue
-            if key in _NEUTRAL:
-                faults.append(f"{key}: {value!r} changes the forward pass and is not implemented for this architecture")
-            elif isinstance(value, str):
-                continue  # unknown words are remarks; what computes is a number, a switch or a table
-            else:
-                faults.append(
-                    f"{key}: {value!r} is not a field that fp8jax knows; if the model's result does not depend on it, remove it"
-                )
-        if faults:
-            raise ValueError(f"{self.where}: " + "; ".join(faults))
+            rule = self.neutral.get(key)
+            if rule is not None:
+                if not rule.allows(value):
+                    refused.append(f"{key}: {shown(value)} {rule.otherwise}")
+            elif value is not None:
+                close = difflib.get_close_matches(key[:100], known, n=3) if len(unknown) < _MOST_FAULTS else ()
+                hint = f" (known and alike: {', '.join(close)})" if close else ""
+                unknown.append(f"{key[:100]}: {shown(value)} is not a field that fp8jax knows{hint}")
+        faults = refused + unknown
+        if not faults:
+            return
+        if len(faults) > _MOST_FAULTS:
+            faults[_MOST_FAULTS:] = [f"and {len(faults) - _MOST_FAULTS} more"]
+        advice = ". If the model's result does not depend on what is unknown, remove it from config.json"
+        raise ValueError(f"{self.where}: " + "; ".join(faults) + (advice if unknown else ""))
 
 
-def read_rope(config: HFConfig, *, head_dim: int, default_theta: float = 10000.0) -> Rope:
-    """The rope of a config, from either spelling.
+def shown(value: Any) -> str:
+    """A value of the file for an error, shortened."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of more digits than Python prints, lists nested without end
+        return "(too long to print)"
+    return text if len(text) <= 120 else f"{text[:100]}… ({len(text)} characters)"
 
-    A non-null `rope_scaling` wins over `rope_parameters`; an inner `rope_theta` wins over the one at top level (checked
-    against transformers 5.23).
-    Raises:
-        ValueError: a rope type or a field of it that is not implemented, with the known ones.
-    """
-    parameters = dict(config.take("rope_parameters", {}, kind=dict))
-    scaling = config.take("rope_scaling", None, kind=dict)
-    top_theta = config.number("rope_theta", None)
-    max_positions = config.size("max_position_embeddings")
-    theta = parameters.get("rope_theta") or top_theta or default_theta
-    if scaling is not None:
-        theta = scaling.get("rope_theta") or theta
-        parameters = dict(scaling)
-    parameters.pop("rope_theta", None)
 
-    legacy_type, rope_type = parameters.pop("type", None), parameters.pop("rope_type", None)
-    rope_type = rope_type or legacy_type or "default"
-    if rope_type not in ROPE_TYPES:
-        raise ValueError(f"{config.where}: rope type {rope_type!r} is not implemented; known: {', '.join(ROPE_TYPES)}")
-    partial = parameters.pop("partial_rotary_factor", None) or config.number("partial_rotary_factor", 1.0)
-    original = config.size("original_max_position_embeddings", None) or parameters.pop(
-        "original_max_position_embeddings", None
-    )
-    parameters.pop("original_max_position_embeddings", None)
-    fields: dict[str, Any] = {}
-    for key in ("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor", "mscale",
-                "mscale_all_dim", "truncate"):  # fmt: skip
-        value = parameters.pop(key, None)
-        if value is not None:
-            fields[key] = value if key == "truncate" else float(value)
-    unknown = {key: value for key, value in parameters.items() if value is not None}
-    if unknown:
-        raise ValueError(f"{config.where}: rope parameters not implemented for rope type {rope_type!r}: {unknown}")
-    original = int(original or max_positions)
-    if rope_type == "yarn" and "factor" not in fields:
-        fields["factor"] = max_positions / original
-    if rope_type in ("linear", "llama3") and "factor" not in fields:
-        raise ValueError(f"{config.where}: rope type {rope_type!r} needs a factor")
-    return Rope(
-        rotary_dim=int(head_dim * partial),
-        theta=float(theta),
-        rope_type=rope_type,
-        original_max_position_embeddings=original,
-        **fields,
-    )
+_JSON_NAMES: dict[type, str] = {
+    int: "an integer",
+    float: "a number",
+    bool: "true or false",
+    str: "a word",
+    list: "a list",
+    dict: "an object",
+}

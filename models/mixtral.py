@@ -4,10 +4,32 @@ The router takes the softmax over all experts and always divides the chosen prob
 """
 
 from fp8jax.models.decoder import DecoderConfig
-from fp8jax.models.expert_names import STACKED, read_moe
-from fp8jax.models.hf_config import HFConfig
-from fp8jax.models.shape import read_shape, read_windows
+from fp8jax.models.expert_names import HARMLESS, NEUTRAL, STACKED, read_moe
+from fp8jax.models.hf_config import Family, HFConfig
+from fp8jax.models.shape import read_shape, read_window, windows_of_all
 from fp8jax.moe import ExpertNames
+
+FAMILY = Family(
+    architecture="MixtralForCausalLM",
+    model_type="mixtral",
+    defaults={
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "hidden_act": "silu",
+        "max_position_embeddings": 4096 * 32,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e6,
+        "tie_word_embeddings": False,
+        "num_experts_per_tok": 2,
+        "num_local_experts": 8,
+    },
+    harmless=HARMLESS,
+    neutral=NEUTRAL,
+)
 
 NAMES = (
     ExpertNames(
@@ -23,7 +45,7 @@ def decoder_config(config: HFConfig, *, dtype: str) -> DecoderConfig:
     """The decoder that a Mixtral config.json describes.
 
     Raises:
-        ValueError: a field is missing, has a wrong type, or asks for something that is not implemented.
+        ValueError: a field has a wrong type or value, or asks for something that is not implemented.
     Source: transformers 5, models/mixtral.
     """
     moe = read_moe(
@@ -34,5 +56,4 @@ def decoder_config(config: HFConfig, *, dtype: str) -> DecoderConfig:
         weight_dtype="float32",
         names=NAMES,
     )
-    windows = read_windows(config, window=config.size("sliding_window", None))
-    return read_shape(config, dtype=dtype, num_kv_heads=8, rms_norm_eps=1e-5, rope_theta=1e6, windows=windows, moe=moe)
+    return read_shape(config, dtype=dtype, windows=windows_of_all(config, read_window(config)), moe=moe)

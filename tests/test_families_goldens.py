@@ -49,7 +49,8 @@ WINDOWS = [
     ("mistral", {}, (8, 8)),
     ("mistral", {"sliding_window": None}, ()),
     ("mistral", {"sliding_window": ...}, (4096, 4096)),  # absent is not null in this family
-    ("mistral", {"layer_types": ["full_attention", "sliding_attention"]}, (None, 8)),
+    ("mistral", {"layer_types": ["sliding_attention", "sliding_attention"]}, (8, 8)),
+    ("mistral", {"sliding_window": None, "layer_types": ["attention", "full_attention"]}, ()),
     ("qwen2", {"sliding_window": 8, "max_window_layers": 0, "layer_types": ...}, ()),  # switched off
     ("qwen2", SLIDING | {"max_window_layers": 1, "layer_types": ...}, (None, 8)),
     ("qwen3", SLIDING | {"max_window_layers": 0, "layer_types": ...}, (8, 8)),

@@ -239,7 +239,7 @@ def test_both_spellings_of_config_json_give_the_same_logits(folder):
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "warp": 3}}, "warp"),
         ({"sliding_window": 8}, "sliding_window"),
         ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
-        ({"pretraining_tp": 2}, "pretraining_tp"),
+        ({"num_nextn_predict_layers": 1}, "num_nextn_predict_layers"),
         ({"logit_zoom": 1.5}, "logit_zoom"),
         ({"num_key_value_heads": 3}, "num_key_value_heads 3"),
         ({"num_hidden_layers": "2"}, "num_hidden_layers"),
@@ -253,7 +253,7 @@ def test_a_config_that_is_not_understood_is_an_error_that_names_the_field(folder
 
 
 @pytest.mark.parametrize(
-    "fields", [{"unsloth_version": "2026.1"}, {"use_cache": False}, {"pretraining_tp": 1}, {"new": None}]
+    "fields", [{"unsloth_version": "2026.1"}, {"use_cache": False}, {"pretraining_tp": 2}, {"new": None}]
 )
 def test_a_field_that_changes_nothing_is_no_error(folder, fields):
     reconfigure(folder, **fields)
