@@ -42,7 +42,7 @@ from typing import Any
 
 import numpy as np
 from config_mutations import Mutation, mutations
-from real_configs import read_names, relative_difference, tensor, token_ids, write_names
+from real_configs import read_names, real_configs, relative_difference, tensor, token_ids, write_names
 
 KEPT = 4  # the last tokens
 SECONDS, BYTES = 30, 12 << 30
@@ -111,7 +111,7 @@ def torch_setup() -> Callable[[Mutation], dict[str, Any]]:
             try:
                 shapes, logits = torch_logits(Path(folder), config, tokens_of(config))
             except Exception as error:
-                return {"outcome": f"{type(error).__name__}: {str(error)[:200]}"}
+                return {"outcome": f"{type(error).__name__}: {str(error)[:120]}"}
         return {"outcome": "runs", "tensors": write_names(shapes), "logits": logits[0, -KEPT:]}
 
     return answer
@@ -180,7 +180,7 @@ def names_a_field(text: str, config: dict[str, Any], mutation: Mutation) -> bool
     fields = {*config, *mutation.dropped}
     for value in config.values():
         fields |= set(value) if isinstance(value, dict) else set()
-    return bool(fields & set(re.findall(r"[A-Za-z_0-9.]+", text)))
+    return bool(fields & set(re.findall(r"\w+", text)))
 
 
 _LOGITS: dict[Any, np.ndarray] = {}

@@ -3,15 +3,15 @@
 `tests/data/configs/<family>.json` holds config.json of popular checkpoints as they are published (README.md there). A tiny
 checkpoint with the same meaning has other sizes and nothing else changed; `shrunk` is the rule:
 
-    head_dim                        16; stated only where the file states it. hidden_size is 16 · heads where the file has
-                                    head_dim · heads, and one head more where it has something else
     num_key_value_heads, heads      2 and 2 · (heads / kv heads), or 1 and heads / kv heads if that would be more than 8 heads
+    hidden_size                     96, or 16 · heads where 96 does not divide into heads
+    head_dim                        hidden_size / heads where it is so in the file, 16 else; stated only where the file states it
     layers, max_window_layers       2; 1, 2 or 3 as the file has fewer, as many or more than there are layers
     intermediate_size               48, of experts 24 (moe_intermediate_size, or where all layers have experts)
     experts, of them chosen         4 and 2
     vocab_size, token ids           128, and ids modulo 128
     sliding_window                  8, so that 16 tokens pass it
-    attention_multiplier            times head_dim / 16: Granite states it as 1 / head_dim
+    attention_multiplier            times published over shrunk head_dim: Granite states it as 1 / head_dim
 
 Contexts and everything of rope stay; to see what a scaling for long contexts does, such a model gets 512 tokens.
 
@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 
 CONFIGS = Path(__file__).resolve().parent.parent / "tests" / "data" / "configs"
-HEAD_DIM, VOCABULARY, WINDOW = 16, 128, 8
+HIDDEN, HEAD_DIM, VOCABULARY, WINDOW = 96, 16, 128, 8
 SHORT, LONG = 16, 512  # tokens
 KEPT = 8  # the last tokens, whose logits are compared; all of them are past the window
 
@@ -70,10 +70,11 @@ def shrunk(published: Mapping[str, Any]) -> dict[str, Any]:
     small_kv_heads = 2 if 2 * ratio <= 8 else 1
     small_heads = small_kv_heads * ratio
     head_dim = published.get("head_dim") or published["hidden_size"] // heads
-    even = published["hidden_size"] == head_dim * heads
+    small_hidden = HIDDEN if HIDDEN % small_heads == 0 else HEAD_DIM * small_heads
+    small_head_dim = small_hidden // small_heads if published["hidden_size"] == head_dim * heads else HEAD_DIM
     sizes = {
-        "head_dim": HEAD_DIM,
-        "hidden_size": HEAD_DIM * (small_heads if even else small_heads + 1),
+        "head_dim": small_head_dim,
+        "hidden_size": small_hidden,
         "num_attention_heads": small_heads,
         "num_key_value_heads": small_kv_heads,
         "intermediate_size": 48,
@@ -92,7 +93,7 @@ def shrunk(published: Mapping[str, Any]) -> dict[str, Any]:
         layers, first = published["num_hidden_layers"], published["max_window_layers"]
         small["max_window_layers"] = 2 + (first > layers) - (first < layers)
     if "attention_multiplier" in published:
-        small["attention_multiplier"] = published["attention_multiplier"] * head_dim / HEAD_DIM
+        small["attention_multiplier"] = published["attention_multiplier"] * head_dim / small_head_dim
     for key in _TOKEN_IDS:
         ids = published.get(key)
         if isinstance(ids, list):
