@@ -50,8 +50,10 @@ def _architecture(raw: Mapping[str, Any], where: str) -> str:
     silent = listed is None or listed == []
     named = by_type if silent else listed[0] if isinstance(listed, list) else listed
     if not isinstance(named, str) or named not in ARCHITECTURES:
-        found = shown(model_type if silent else named)
-        raise ValueError(f"{where}: architecture {found} is not implemented; known: {', '.join(sorted(ARCHITECTURES))}")
+        field, found = ("model_type", model_type) if silent else ("architectures", named)
+        raise ValueError(
+            f"{where}: {field} {shown(found)} is not implemented; known architectures: {', '.join(sorted(ARCHITECTURES))}"
+        )
     if model_type is not None and by_type != named:
         expected = ARCHITECTURES[named].FAMILY.model_type
         raise ValueError(

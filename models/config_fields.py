@@ -81,6 +81,7 @@ NEUTRAL: dict[str, Neutral] = {
     "position_embedding_type": Neutral(("rope",)),
     "norm_type": Neutral(("rmsnorm",)),
     "hidden_activation": Neutral(("silu",)),
+    "activation": Neutral(("swiglu", "silu")),  # Falcon 3 says what its gated MLP is called elsewhere
     "alibi": Neutral((False,)),
     "sliding_window": Neutral(),
     "use_sliding_window": Neutral((False,)),
@@ -106,6 +107,7 @@ NEUTRAL: dict[str, Neutral] = {
         "lets tokens see those after them, as models for embeddings do; fp8jax computes causal attention only",
         null=False,  # transformers takes null for false here
     ),
+    "kv_sharing_modes": Neutral((), "lets layers share keys and values, which is not implemented"),
     "per_layer_config": Neutral(({},), "gives single layers numbers of their own, which is not implemented"),
     "transformers_weights": Neutral(
         (), "names another file of weights than model.safetensors; put those weights there, and remove the field"

@@ -26,7 +26,11 @@ HARMLESS = {
     "router_jitter_noise": "is multiplied into the router's input in training only",
 }
 """Fields of a config.json that mixtures of experts may carry and that change nothing."""
-NEUTRAL = {"scoring_func": Neutral(("softmax",)), "topk_method": Neutral(("greedy",))}
+NEUTRAL = {
+    "scoring_func": Neutral(("softmax",)),
+    "topk_method": Neutral(("greedy",)),
+    "routed_scaling_factor": Neutral((1,)),
+}
 """Those that name another family's router."""
 
 

@@ -159,7 +159,8 @@ class HFConfig(Fields):
             ValueError: all of those that change the result, or may.
         """
         known = sorted(self.read | self.harmless.keys() | self.neutral.keys())
-        refused, unknown = [], []
+        refused: list[str] = []
+        unknown: list[str] = []
         for key, value in self.raw.items():
             if key in self.read or key in self.harmless:
                 continue
@@ -168,16 +169,19 @@ class HFConfig(Fields):
                 if not rule.allows(value):
                     refused.append(f"{key}: {shown(value)} {rule.otherwise}")
             elif value is not None:
-                close = difflib.get_close_matches(key[:100], known, n=3) if len(unknown) < _MOST_FAULTS else ()
-                hint = f" (known and alike: {', '.join(close)})" if close else ""
-                unknown.append(f"{key[:100]}: {shown(value)} is not a field that fp8jax knows{hint}")
-        faults = refused + unknown
+                unknown.append(key)
+        faults = refused + [self._unknown(key, known) for key in unknown[:_MOST_FAULTS]]
         if not faults:
             return
-        if len(faults) > _MOST_FAULTS:
-            faults[_MOST_FAULTS:] = [f"and {len(faults) - _MOST_FAULTS} more"]
+        if len(unknown) > _MOST_FAULTS:
+            faults.append(f"and {len(unknown) - _MOST_FAULTS} more that are not known")
         advice = ". If the model's result does not depend on what is unknown, remove it from config.json"
         raise ValueError(f"{self.where}: " + "; ".join(faults) + (advice if unknown else ""))
+
+    def _unknown(self, key: str, known: list[str]) -> str:
+        close = difflib.get_close_matches(key[:100], known, n=3)
+        hint = f" (known and alike: {', '.join(close)})" if close else ""
+        return f"{key[:100]}: {shown(self.raw[key])} is not a field that fp8jax knows{hint}"
 
 
 def shown(value: Any) -> str:

@@ -112,9 +112,8 @@ def _rope_type(table: Fields) -> Any:
     older, rope_type = (table.take(key, kind=str) for key in ("type", "rope_type"))
     rope_type = rope_type or older or "default"
     if rope_type not in ROPE_TYPES:
-        raise ValueError(
-            f"{table.where}: rope type {shown(rope_type)} is not implemented; known: {', '.join(ROPE_TYPES)}"
-        )
+        key = table.name("rope_type" if table.raw.get("rope_type") else "type")
+        raise ValueError(f"{table.where}: {key} {shown(rope_type)} is not implemented; known: {', '.join(ROPE_TYPES)}")
     return rope_type
 
 
@@ -185,8 +184,9 @@ def _tell_of_unused(config: HFConfig, table: Fields, rope_type: str) -> None:
     rest = {key: value for key, value in table.raw.items() if key not in (*_FIELDS[rope_type], *_ANY_TYPE, *_HARMLESS)}
     unknown = {key: value for key, value in rest.items() if key not in every and value is not None}
     if unknown:
+        named = "; ".join(f"{table.name(key[:100])}: {shown(value)}" for key, value in list(unknown.items())[:20])
         raise ValueError(
-            f"{table.where}: rope parameters not implemented for rope type {rope_type!r}: {shown(unknown)}; known: "
+            f"{table.where}: {named} is nothing that rope type {rope_type!r} computes with; known: "
             f"{', '.join((*_FIELDS[rope_type], *_ANY_TYPE))}"
         )
     # Of no meaning outside the types above, and common beside them: how long the context was before.
