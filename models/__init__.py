@@ -34,6 +34,7 @@ def read_decoder_config(
     module = ARCHITECTURES[_architecture(raw, where)]
     config = HFConfig(raw, module.FAMILY, where)
     decoder_config = module.decoder_config(config, dtype=dtype)
+    config.check_token_ids("bos_token_id", "eos_token_id", "pad_token_id")  # for whoever generates
     config.reject_unread()
     if told is not None:
         told += config.told

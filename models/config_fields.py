@@ -43,7 +43,7 @@ _HARMLESS_BY_REASON = {
         dtype torch_dtype use_bfloat16""",
     "is judged when the checkpoint is opened: a quantized one is refused": "quantization_config",
     "token ids and the tokenizer do not enter the forward pass": """
-        bos_token_id eos_token_id pad_token_id sep_token_id unk_token_id decoder_start_token_id tokenizer_class""",
+        sep_token_id unk_token_id decoder_start_token_id tokenizer_class""",
     "is used in training only": """
         initializer_range attention_dropout hidden_dropout resid_pdrop embd_pdrop attn_pdrop gradient_checkpointing
         loss_type""",

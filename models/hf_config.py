@@ -60,7 +60,9 @@ class Fields:
         prefix: what stands before the name of a field in an error, for an object inside another.
     """
 
-    def __init__(self, raw: Mapping[str, Any], where: str, *, defaults: Mapping[str, Any] | None = None, prefix=""):
+    def __init__(
+        self, raw: Mapping[str, Any], where: str, *, defaults: Mapping[str, Any] | None = None, prefix: str = ""
+    ):
         self.raw = dict(raw)
         self.where = where
         self.read: set[str] = set()
@@ -118,6 +120,13 @@ class Fields:
     def yes_or_no(self, key: str) -> Literal["yes", "no"]:
         """A field that is true or false, as `DecoderConfig` takes it."""
         return "yes" if self.flag(key) else "no"
+
+    def check_token_ids(self, *keys: str) -> None:
+        """Raise ValueError for fields that are neither null nor a token id nor a list of those."""
+        for key in keys:
+            value = self.take(key, kind=(int, list))
+            if isinstance(value, list) and not all(type(one) is int for one in value):
+                raise self.fault(key, "expected a token id, or a list of them")
 
     def has(self, key: str) -> bool:
         """Whether the field is there at all, null included."""

@@ -40,6 +40,7 @@ def reader(family: str) -> HFConfig:
     """The config of a family after it was read."""
     config = HFConfig({"model_type": family}, FAMILIES[family].FAMILY)
     FAMILIES[family].decoder_config(config, dtype="float32")
+    config.check_token_ids("bos_token_id", "eos_token_id", "pad_token_id")  # what `read_decoder_config` does beside
     return config
 
 
@@ -122,6 +123,10 @@ def test_a_field_that_is_not_called_harmless_does_something(family):
     switches = {"use_sliding_window": True} if family.startswith("qwen") else {}
     base = read(family, **switches)
     for key in sorted(class_fields(family) - config.harmless.keys() - {"partial_rotary_factor"}):
+        if key.endswith("_token_id"):  # enters no forward pass, but must be one
+            with pytest.raises(ValueError, match=key):
+                read(family, **{key: ["2"]})
+            continue
         default = (dict(config.family.defaults) | switches).get(key)
         other = not default if isinstance(default, bool) else OTHER.get(key, default and default * 2)
         try:

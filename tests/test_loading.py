@@ -262,6 +262,17 @@ def test_a_field_that_changes_nothing_is_no_error(folder, fields):
         fp8jax.load_quantized(folder, None)
 
 
+def test_what_is_to_be_known_about_a_config_is_warned_of_once_and_stays_in_the_report(folder):
+    reconfigure(folder, partial_rotary_factor=0.5)
+    with pytest.warns(UserWarning, match=r"config\.json of .*partial_rotary_factor 0\.5 is ignored") as caught:
+        lm = fp8jax.load_quantized(folder, None, dtype="float32")
+    assert [str(warning.message) for warning in caught] == list(lm.report.warnings)
+    ids = golden("llama2")["token_ids"]
+    np.testing.assert_array_equal(
+        lm.logits(ids), load("llama2").logits(ids)
+    )  # torch gives the same with it, to the bit
+
+
 def test_a_layer_too_few_in_config_json_is_noticed(folder):
     reconfigure(folder, num_hidden_layers=1)
     with pytest.raises(CheckpointError, match=r"model\.layers\.1\..*no weight of this architecture"):
