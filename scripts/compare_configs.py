@@ -42,10 +42,10 @@ from typing import Any
 
 import numpy as np
 from config_mutations import Mutation, mutations
-from real_configs import read_names, real_configs, relative_difference, tensor, token_ids, write_names
+from real_configs import read_names, relative_difference, tensor, token_ids, write_names
 
 KEPT = 4  # the last tokens
-SECONDS, BYTES = 30, 12 << 30
+SECONDS, BYTES = 60, 12 << 30
 LIMIT = 1e-3
 FAULTS = ("different", "foreign", "hang", "no field")
 
@@ -123,8 +123,8 @@ def run_torch(file: Path, cases: int, seed: int) -> None:
     plain = dict(zip(bases, answers(torch_setup, [Mutation(base=base) for base in bases]), strict=True))
     lists: list[list[str]] = []
     rows, arrays = [], {}
-    for index, (mutation, answer) in enumerate(zip(drawn, answers(torch_setup, drawn), strict=True)):
-        answer = answer or {"outcome": "no answer in time"}
+    for index, (mutation, given) in enumerate(zip(drawn, answers(torch_setup, drawn), strict=True)):
+        answer: dict[str, Any] = given or {"outcome": "no answer in time"}
         names = answer.get("tensors") or plain[mutation.base]["tensors"]
         if names not in lists:
             lists.append(names)
@@ -137,7 +137,7 @@ def run_torch(file: Path, cases: int, seed: int) -> None:
     lines = ",\n".join(json.dumps(row) for row in rows)
     named = ",\n".join(json.dumps(names) for names in lists)
     file.with_suffix(".json").write_text(f'{{"tensors": [\n{named}\n],\n"cases": [\n{lines}\n]}}\n')
-    np.savez_compressed(file.with_suffix(".npz"), **arrays)
+    np.savez_compressed(file.with_suffix(".npz"), allow_pickle=False, **arrays)
     print(f"{len(arrays)} of {cases} run; " + ", ".join(f"{name}: {n}" for name, n in error_types(rows)))
 
 
@@ -164,15 +164,12 @@ def read_cases(file: Path) -> list[dict[str, Any]]:
     ]
 
 
-def write_checkpoint(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
-    """The checkpoint of a case; returns its config.json."""
+def write_checkpoint(folder: Path, case: dict[str, Any]) -> None:
     from safetensors.numpy import save_file
 
-    config = case["mutation"].config()
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(case["mutation"].config()))
     weights = {name: tensor(name, shape) for name, shape in read_names(case["tensors"]).items()}
     save_file(weights, folder / "model.safetensors")
-    return config
 
 
 def names_a_field(text: str, config: dict[str, Any], mutation: Mutation) -> bool:
@@ -186,11 +183,23 @@ def names_a_field(text: str, config: dict[str, Any], mutation: Mutation) -> bool
 _LOGITS: dict[Any, np.ndarray] = {}
 
 
-def last_logits(lm: Any, names: list[str], ids: np.ndarray) -> np.ndarray:
-    """The last logits of a model; not computed twice for what only bookkeeping tells apart."""
-    same = lm.model.config, tuple(names), ids.shape
+def last_logits(case: dict[str, Any], folder: Path) -> np.ndarray:
+    """The last logits of a case, by way of its checkpoint in an empty folder.
+
+    A model is a function of its DecoderConfig and its tensors: what only bookkeeping tells apart is loaded and run once.
+    """
+    import jax.numpy as jnp
+
+    import fp8jax
+    from fp8jax.models import read_decoder_config
+
+    config = case["mutation"].config()
+    ids = tokens_of(config)
+    same = read_decoder_config(config, dtype="float32"), tuple(case["tensors"]), ids.shape
     if same not in _LOGITS:
-        _LOGITS[same] = np.asarray(lm.model(ids))[0, -KEPT:]
+        write_checkpoint(folder, case)
+        lm = fp8jax.load_quantized(folder, None, dtype="float32", progress="off")
+        _LOGITS[same] = np.asarray(lm.model(jnp.asarray(ids)))[0, -KEPT:]
     return _LOGITS[same]
 
 
@@ -198,10 +207,9 @@ def judge(case: dict[str, Any], folder: Path) -> tuple[str, str]:
     """What fp8jax does with a case: a word of the table, and what to print about it."""
     import fp8jax
 
-    config = write_checkpoint(folder, case)
+    config = case["mutation"].config()
     try:
-        lm = fp8jax.load_quantized(folder, None, dtype="float32", progress="off")
-        logits = last_logits(lm, case["tensors"], tokens_of(config))
+        logits = last_logits(case, folder)
     except (ValueError, NotImplementedError) as error:
         text = str(error).replace(str(folder), "…")
         by_tensors = isinstance(error, fp8jax.CheckpointError)
@@ -252,7 +260,9 @@ def run_fp8jax(file: Path, show: list[str], only: list[int]) -> int:
         word, text = answer or ("hang", "no answer in time")
         counts[word] += 1
         if word in show or "all" in show:
-            print(f"[{index}] {word}: {describe(cases[index]['mutation'])}\n    torch {cases[index]['outcome']}; fp8jax {text}")
+            print(
+                f"[{index}] {word}: {describe(cases[index]['mutation'])}\n    torch {cases[index]['outcome']}; fp8jax {text}"
+            )
     print(f"\n{'what came out':26} {'cases':>6}     ({time.perf_counter() - start:.0f} s)")
     for word in sorted(counts, key=lambda word: (word in FAULTS, -counts[word])):
         print(f"{word:26} {counts[word]:6}")

@@ -202,7 +202,9 @@ def _identity(draw: random.Random, config: dict[str, Any]) -> None:
 
 
 def _rope(draw: random.Random, config: dict[str, Any]) -> None:
-    for key in draw.choice((("rope_scaling",), ("rope_scaling",), ("rope_parameters",), ("rope_scaling", "rope_parameters"))):
+    for key in draw.choice(
+        (("rope_scaling",), ("rope_scaling",), ("rope_parameters",), ("rope_scaling", "rope_parameters"))
+    ):
         config[key] = _rope_table(draw)
     if draw.random() < 0.3:
         config.pop("rope_theta", None)
@@ -219,7 +221,12 @@ def _rope_table(draw: random.Random) -> Any:
         "linear": {"factor": 4.0},
         "dynamic": {"factor": 2.0},
         "yarn": {"factor": 4.0, "original_max_position_embeddings": draw.choice((32, 64, 4096))},
-        "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64},
+        "llama3": {
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
         "longrope": {"factor": 4.0, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8},
     }
     table |= usual.get(rope_type, {})

@@ -58,15 +58,17 @@ def main() -> None:
         if scaling:
             changed = relative_difference(kept_logits(config | {"rope_scaling": None}, ids)[1], logits)
             # dynamic scaling begins past max_position_embeddings
-            assert changed > LEAST_EFFECT or scaling.get("type") == "dynamic", f"{name}: the scaling changes {changed:.1e}"
+            assert changed > LEAST_EFFECT or scaling.get("type") == "dynamic", (
+                f"{name}: the scaling changes {changed:.1e}"
+            )
             effect = f"{changed:.1e}"
         if names not in lists:
             lists.append(names)
-        arrays |= {f"{name}.logits": logits, f"{name}.tensors": np.int32(lists.index(names))}
+        arrays |= {f"{name}.logits": logits, f"{name}.tensors": np.array(lists.index(names), np.int32)}
         print(f"{name:60} {ids.shape[1]:6} {logits.std():6.2f} {effect:>30}")
     arrays |= {f"tensors.{i}": np.array(names) for i, names in enumerate(lists)}
     path = arguments.out / "real_configs.npz"
-    np.savez_compressed(path, **arrays)
+    np.savez_compressed(path, allow_pickle=False, **arrays)
     print(f"{len(real_configs())} files, {path.stat().st_size / 1e3:.0f} kB")
 
 

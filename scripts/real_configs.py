@@ -19,6 +19,7 @@ Weights follow from a tensor's name and shape (`tensor`), so they need not be st
 alone: it is imported by the scripts that run torch and by the tests that run JAX.
 """
 
+import functools
 import json
 import zlib
 from collections.abc import Iterable, Mapping
@@ -53,6 +54,7 @@ class RealConfig:
     refused: str | None = None
 
 
+@functools.cache
 def real_configs() -> dict[str, RealConfig]:
     """All of them by name."""
     return {
