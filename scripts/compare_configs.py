@@ -67,29 +67,32 @@ def _serve(setup: Callable[[], Callable[[Any], Any]], pipe: Any) -> None:
         pipe.send(answer(pipe.recv()))
 
 
+def _started(setup: Callable[[], Callable[[Any], Any]]) -> tuple[Any, Any]:
+    context = multiprocessing.get_context("spawn")
+    pipe, other = context.Pipe()
+    process = context.Process(target=_serve, args=(setup, other), daemon=True)
+    process.start()
+    other.close()
+    pipe.recv()
+    return process, pipe
+
+
 def answers(setup: Callable[[], Callable[[Any], Any]], questions: Iterable[Any]) -> Iterator[Any]:
     """What `setup()` returns, called with each question in another process; None for no answer in time."""
-    context = multiprocessing.get_context("spawn")
-    process, pipe = None, None
+    process, pipe = _started(setup)
     for question in questions:
-        if process is None:
-            pipe, other = context.Pipe()
-            process = context.Process(target=_serve, args=(setup, other), daemon=True)
-            process.start()
-            other.close()
-            pipe.recv()
         try:
             pipe.send(question)
             answer = pipe.recv() if pipe.poll(SECONDS) else None
-        except EOFError:  # it died
+        except (EOFError, BrokenPipeError):  # it died
             answer = None
+        yield answer
         if answer is None:
             process.kill()
             process.join()
-            process = None
-        yield answer
-    if process is not None:
-        process.kill()
+            process, pipe = _started(setup)
+    process.kill()
+    process.join()
 
 
 # --- torch ------------------------------------------------------------------------------------------------------------
@@ -111,7 +114,7 @@ def torch_setup() -> Callable[[Mutation], dict[str, Any]]:
             try:
                 shapes, logits = torch_logits(Path(folder), config, tokens_of(config))
             except Exception as error:
-                return {"outcome": f"{type(error).__name__}: {str(error)[:120]}"}
+                return {"outcome": f"{type(error).__name__}: {str(error).replace(folder, '…')[:120]}"}
         return {"outcome": "runs", "tensors": write_names(shapes), "logits": logits[0, -KEPT:]}
 
     return answer
