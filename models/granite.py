@@ -28,6 +28,7 @@ DEFAULTS: dict[str, Any] = {
     "attention_multiplier": 1.0,
 }
 """What dense Granite and GraniteMoE share where the file is silent."""
+_LARGEST_MULTIPLIER = 1e15
 FAMILY = Family(architecture="GraniteForCausalLM", model_type="granite", defaults=DEFAULTS | {"mlp_bias": False})
 
 
@@ -46,11 +47,14 @@ def granite_fields(config: HFConfig) -> dict[str, Any]:
     bias, divisor = config.yes_or_no("attention_bias"), config.number("logits_scaling")
     if divisor == 0:
         raise config.fault("logits_scaling", "expected the number that logits are divided by")
+    multipliers = {key: config.number(key) for key in ("embedding_multiplier", "residual_multiplier")}
+    for key, multiplier in multipliers.items():
+        if abs(multiplier) > _LARGEST_MULTIPLIER:
+            raise config.fault(key, "expected a number whose square leaves RMSNorm a mean within float32")
     return {
         "qkv_bias": bias,
         "o_bias": bias,
         "attention_scale": config.number("attention_multiplier"),
-        "embedding_multiplier": config.number("embedding_multiplier"),
-        "residual_multiplier": config.number("residual_multiplier"),
         "logits_divisor": divisor,
+        **multipliers,
     }

@@ -157,9 +157,9 @@ def _values(config: HFConfig, table: Fields, rope_type: str) -> dict[str, Any]:
     for key in known:
         if key not in ("truncate", "original_max_position_embeddings"):
             values[key] = table.number(key)
+    outer = config.size("original_max_position_embeddings")  # wins over the inner one, as in transformers
     if "original_max_position_embeddings" in known:
-        # At top level it wins, as in transformers.
-        outer, inner = (owner.size("original_max_position_embeddings") for owner in (config, table))
+        inner = table.size("original_max_position_embeddings")
         values["original_max_position_embeddings"] = outer or inner or config.size("max_position_embeddings")
     if rope_type == "yarn":
         # Zero and null mean the default; null for truncate means false: so transformers reads them.

@@ -313,6 +313,15 @@ def test_a_size_that_no_model_has_is_refused_before_anything_is_built(key, value
         golden("qwen3_moe", **{key: value})
 
 
+@pytest.mark.parametrize(
+    "changes", [{"logits_scaling": 0}, {"residual_multiplier": 1e30}, {"embedding_multiplier": -1e30}]
+)
+def test_multipliers_with_which_nothing_is_finite_are_refused_by_name(changes):
+    for family in ("granite", "granitemoe"):
+        with pytest.raises(ValueError, match=f"{next(iter(changes))} .* is wrong"):
+            golden(family, **changes)
+
+
 def test_heads_without_channels_and_odd_heads_are_refused_by_name():
     for changes in ({"num_attention_heads": 128, "num_key_value_heads": 1}, {"head_dim": 1}, {"head_dim": 3}):
         with pytest.raises(ValueError, match="head_dim|channels a head"):

@@ -87,6 +87,7 @@ def test_the_table_that_counts_brings_its_own_theta(fields, rope_type, theta):
 
 def test_the_original_context_at_top_level_wins():
     assert read(rope_scaling=YARN, original_max_position_embeddings=32).rope.original_max_position_embeddings == 32
+    assert read(original_max_position_embeddings=32) == read()  # with a rope that is not scaled, it says nothing
 
 
 CARD = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
