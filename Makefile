@@ -24,7 +24,7 @@ demo_env := $(VENV)/.installed-$(or $(EXTRAS),demo)
 
 .NOTPARALLEL: # two installations into one environment at once would break it
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all lint format types wheel clean
+.PHONY: help demo test test-all mutate lint format types wheel clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | while IFS='|' read -r name what; do printf '  make %-9s %s\n' "$$name" "$$what"; done
@@ -40,6 +40,10 @@ test: $(test_env) ## run the tests, without those that take minutes each
 test-all: $(test_env) ## run every test
 	@echo "==> running all tests"
 	@$(RUN) -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+
+mutate: $(test_env) ## plant faults in copies of the library and see that a test catches each
+	@echo "==> planting faults"
+	@$(RUN) scripts/mutate.py
 
 lint: $(test_env) ## check style and formatting
 	@echo "==> checking style and formatting"
