@@ -1,5 +1,6 @@
 """Decoders of any size with random weights, where what a checkpoint holds does not matter: memory, shapes, faults."""
 
+from dataclasses import dataclass
 from typing import Any, cast
 
 import jax
@@ -34,3 +35,17 @@ def random_model(*, dtype: str = "float32", seed: int = 0, **numbers: Any) -> fp
     model = jax.tree.unflatten(structure, filled)
     report = cast(fp8jax.LoadReport, None)  # nothing was loaded
     return fp8jax.LanguageModel(model, config=raw, generation_config={}, folder=None, report=report)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Bigram:
+    """Hidden state: the token. Logits: its row of a table."""
+
+    table: jax.Array
+
+    def hidden_states(self, token_ids):
+        return token_ids, None
+
+    def logits(self, hidden):
+        return self.table[hidden]

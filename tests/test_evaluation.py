@@ -2,7 +2,6 @@
 
 import itertools
 import math
-from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,25 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from random_models import Bigram
 
 from fp8jax import compiled_model, evaluation
 
 V = 11
 lax_map = jax.lax.map
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Bigram:
-    """Hidden state: the token. Logits: its row of a table."""
-
-    table: jax.Array
-
-    def hidden_states(self, token_ids):
-        return token_ids, None
-
-    def logits(self, hidden):
-        return self.table[hidden]
 
 
 def bigram_model(table: np.ndarray) -> Any:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from random_models import Bigram
 from rich.console import Console
 
 from fp8jax import scheme_comparison
@@ -30,7 +31,7 @@ def stub_lm(*, shift: float, weight_bytes: int, tokenizer: Any = None, text: str
     layer = types.SimpleNamespace(bytes_before=200, bytes_after=101)
     generations = [types.SimpleNamespace(token_ids=[1, 2, 3], text=text)] * 2
     return types.SimpleNamespace(
-        model=jax.tree_util.Partial(lambda table, ids: table[ids], jnp.asarray(table)),
+        model=Bigram(jnp.asarray(table)),
         tokenizer=tokenizer,
         generate=lambda prompts, **kwargs: generations,
         report=types.SimpleNamespace(
