@@ -4,6 +4,7 @@ The model itself is `lm.model`, a plain pytree. This class keeps the host's side
 few different shapes (`batches`), calls the compiled functions (`compiled_model`), and turns tokens into text.
 """
 
+import contextlib
 import functools
 import operator
 import threading
@@ -401,15 +402,21 @@ class LanguageModel:
             cache_length=cache_room(batch.token_ids.shape[1], new_tokens, self.context_length),
         )
         done = 1
-        while True:
-            active, (tokens, logprobs, counts) = jax.device_get((decoding.active, decoding.out))
-            for i in range(batch.rows):
-                if not np.isfinite(logprobs[i, counts[i] - 1]):
-                    raise _not_finite(f"prompts[{batch.first + i}]", f"new token {counts[i] - 1}")
-            if done >= new_tokens or not active.any():
-                break
-            done = min(done + _TOKENS_A_PORTION, new_tokens)
-            decoding = compiled.advance(leaves, decoding, sampling, ends, np.int32(done))
+        try:
+            while True:
+                active, (tokens, logprobs, counts) = jax.device_get((decoding.active, decoding.out))
+                for i in range(batch.rows):
+                    if not np.isfinite(logprobs[i, counts[i] - 1]):
+                        raise _not_finite(f"prompts[{batch.first + i}]", f"new token {counts[i] - 1}")
+                if done >= new_tokens or not active.any():
+                    break
+                done = min(done + _TOKENS_A_PORTION, new_tokens)
+                decoding = compiled.advance(leaves, decoding, sampling, ends, np.int32(done))
+        except KeyboardInterrupt:
+            # A process that ends while the device is at work aborts. RuntimeError: donated a moment ago.
+            with contextlib.suppress(RuntimeError):
+                jax.block_until_ready(decoding)
+            raise
         generations = []
         for row, row_logprobs, count in zip(tokens[: batch.rows], logprobs, counts, strict=False):
             new = [int(token) for token in row[:count]]

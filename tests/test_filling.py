@@ -268,5 +268,5 @@ def test_ten_thousand_names_of_another_model_are_told_in_time(tmp_path: Path):
 def test_counts_of_another_type_are_left_to_the_config(number, tmp_path: Path):
     folder = shutil.copytree(GOLDENS / "llama2", tmp_path / "typed")
     (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | number))
-    with pytest.raises(ValueError, match="num_hidden_layers is .*, expected int"):
+    with pytest.raises(ValueError, match="num_hidden_layers .* is wrong: expected an integer"):
         fp8jax.load_quantized(folder, None)
