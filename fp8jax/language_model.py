@@ -197,7 +197,10 @@ class LanguageModel:
         self._check_ids(ids.reshape(-1), "token_ids")
         t = ids.shape[1]
         if t > self.context_length:
-            raise ValueError(f"{t} tokens are more than the model's context of {self.context_length}")
+            raise ValueError(
+                f"{t} tokens are more than the model's context of {self.context_length} (max_position_embeddings, or what "
+                "else config.json says of it)"
+            )
         batch = pad(ids.tolist(), limit=self.context_length)
         leaves, compiled = self._functions()
         return compiled.logits(leaves, batch.token_ids, batch.lengths)[:, :t]

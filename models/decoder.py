@@ -190,7 +190,10 @@ class CausalLM(nnx.Module):
             raise ValueError(f"token ids are {token_ids.dtype}{list(token_ids.shape)}, expected int [b, t]")
         b, t = token_ids.shape
         if t > self.config.max_position_embeddings:
-            raise ValueError(f"{t} tokens are more than the model's context of {self.config.max_position_embeddings}")
+            raise ValueError(
+                f"{t} tokens are more than the model's context of {self.config.max_position_embeddings} "
+                "(max_position_embeddings, or what else config.json says of it)"
+            )
         if cache is not None:
             self._check_cache(cache, b, t)
         return with_automatic_axes(_hidden_states, self.model.embed_tokens.weight, self, token_ids, cache, start, valid)

@@ -57,7 +57,7 @@ def main(
         names = ", ".join(fault.name for fault in FAULTS)
         raise typer.BadParameter(f"no fault has {only!r} in its name; there are: {names}", param_hint="--only")
     tests = sorted({test for fault in faults for test in fault.tests})
-    if failed := run_tests(ROOT, tests):
+    if failed := run_tests(ROOT, [f"--numprocesses={jobs}", "--dist=loadfile", *tests]):
         sys.exit(f"{failed} fails without any fault; nothing can be said of faults until it passes")
     with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(faults), unit="fault") as bar:
 
@@ -96,7 +96,7 @@ def judge(fault: Fault, tests: Sequence[str]) -> Verdict:
 
 
 def run_tests(checkout: Path, tests: Sequence[str]) -> str | None:
-    """The first test that fails in a checkout, None where all pass.
+    """The first of the tests (arguments of pytest) that fails in a checkout, None where all pass.
 
     Raises:
         RuntimeError: no test ran, or pytest itself went wrong: neither is a fault that was seen.

@@ -1,4 +1,4 @@
-"""The faults that `mutate.py` plants: each a slip of a pen in one line, each with the tests that should notice.
+"""The faults that `mutate.py` plants: each a slip of the pen in one line, each with the tests that should notice.
 
 Together they touch every room of the library: what calls the kernels, the layers, the router, sampling and the loop around
 it, quantization, the reader and what places its tensors. A test file is named as a whole where several of its tests see
@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _KERNELS = "tests/test_ops_choice.py::test_interpreted_kernels_decode_like_xla"
-_DENSE, _FAMILIES, _MOE = (f"tests/test_{name}_goldens.py" for name in ("llama", "families", "moe"))
+_DENSE, _FAMILIES, _MOE = (
+    f"tests/test_{name}_goldens.py::test_float32_logits_equal_torch" for name in ("llama", "families", "moe")
+)
+_DRAWS = "tests/test_generation.py::test_draws_follow_the_filtered_distribution"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +95,7 @@ FAULTS = (
     _fault("bias dropped", "fp8jax/ops.py",
            "return out if bias is None else out + bias", "return out if True else out + bias", _DENSE),
     _fault("logits not divided", "models/decoder.py",
-           "if self.config.logits_divisor != 1 else logits", "if self.config.logits_divisor < 1 else logits", _FAMILIES),
+           "if self.config.logits_divisor != 1 else logits", "if self.config.logits_divisor == 0 else logits", _FAMILIES),
     # The router and the experts.
     _fault("chosen experts' weights not renormalised", "fp8jax/moe.py",
            'if config.renormalise == "yes":', 'if config.renormalise == "always":', _MOE),
@@ -100,31 +103,33 @@ FAULTS = (
            'if config.softmax_over == "chosen":', 'if config.softmax_over == "picked":', _MOE),
     _fault("weights of other slots", "fp8jax/moe.py", "weight=weights.reshape(-1)[pair]", "weight=weights.reshape(-1)", _MOE),
     _fault("padding goes to experts", "fp8jax/moe.py",
-           "    if valid is not None:\n        experts = jnp.where", "    if False:\n        experts = jnp.where", "tests/test_moe.py"),
+           "    if valid is not None:\n        experts = jnp.where", "    if False:\n        experts = jnp.where",
+           "tests/test_moe.py::test_padding_is_sorted_behind_everything_and_belongs_to_no_expert"),
     # Choosing tokens, and the loop around it.
     _fault("top-p without renormalising after top-k", "fp8jax/sampling.py",
-           "jax.nn.softmax(jnp.where(kept, ranked, -jnp.inf), axis=-1)", "jax.nn.softmax(ranked, axis=-1)",
-           "tests/test_generation.py"),
-    _fault("top-k keeps one too many", "fp8jax/sampling.py", "(rank < top_k)", "(rank <= top_k)", "tests/test_generation.py"),
-    _fault("temperature ignored", "fp8jax/sampling.py", "keepdims=True)) / temperature", "keepdims=True)) / 1.0",
-           "tests/test_generation.py"),
+           "jax.nn.softmax(jnp.where(kept, ranked, -jnp.inf), axis=-1)", "jax.nn.softmax(ranked, axis=-1)", _DRAWS),
+    _fault("top-k keeps one too many", "fp8jax/sampling.py", "(rank < top_k)", "(rank <= top_k)", _DRAWS),
+    _fault("temperature ignored", "fp8jax/sampling.py", "keepdims=True)) / temperature", "keepdims=True)) / 1.0", _DRAWS),
     _fault("the same noise at every step", "fp8jax/sampling.py",
            "jax.random.fold_in(own, row)), step)", "jax.random.fold_in(own, row)), step * 0)",
-           "tests/test_generation.py"),
+           "tests/test_generation.py::test_every_step_of_a_row_draws_anew"),
     _fault("decoding writes one place too far", "fp8jax/generation.py",
-           "jnp.maximum(state.lengths + state.step - 1, 0)", "jnp.maximum(state.lengths + state.step, 0)", _DENSE),
+           "jnp.maximum(state.lengths + state.step - 1, 0)", "jnp.maximum(state.lengths + state.step, 0)",
+           "tests/test_llama_goldens.py::test_greedy_tokens_equal_torch"),
     _fault("an end token ends nothing", "fp8jax/generation.py", "active & ~is_end(tokens, eos_token_ids)",
-           "active", "tests/test_generation.py"),
+           "active", "tests/test_generation.py::test_an_end_token_ends_its_own_row_only"),
     # Quantization.
     _fault("blocks without the floor of their amax", "fp8jax/qarray.py",
-           "_BLOCK_AMAX_FLOOR = 1e-4", "_BLOCK_AMAX_FLOOR = 1e-5", "tests/test_qarray.py"),
+           "_BLOCK_AMAX_FLOOR = 1e-4", "_BLOCK_AMAX_FLOOR = 1e-5",
+           "tests/test_qarray.py::test_a_block_below_the_floor_is_quantized_against_the_floor"),
     _fault("scale transposed within experts", "fp8jax/qarray.py",
            "rows = scale.reshape(*experts, row_groups, -1, scale.shape[-1])",
-           "rows = scale.reshape(*experts, -1, row_groups, scale.shape[-1]).swapaxes(-3, -2)", "tests/test_qarray.py", _MOE),
+           "rows = scale.reshape(*experts, -1, row_groups, scale.shape[-1]).swapaxes(-3, -2)", "tests/test_qarray.py",
+           "tests/test_moe.py::test_quantized_rows_meet_their_own_expert"),
     _fault("activation scale with the floor of vLLM's eager kernel", "pallas_kernels/quantize.py",
            "SCALE_FLOOR = 1.0 / (E4M3_MAX * 512.0)", "SCALE_FLOOR = 2.23e-13", "tests/test_activation_quantization.py"),
     _fault("block scale of the row before", "pallas_kernels/block_scaled_matmul.py",
-           "w_scale[numbers // BLOCK]", "w_scale[jnp.maximum(numbers - 1, 0) // BLOCK]", "tests/test_widened_dot.py", _DENSE),
+           "w_scale[numbers // BLOCK]", "w_scale[jnp.maximum(numbers - 1, 0) // BLOCK]", "tests/test_widened_dot.py"),
     # Reading and loading.
     _fault("a hole between tensors is accepted", "fp8jax/safetensors_file.py",
            "if info.begin != reached:", "if info.begin < reached:", "tests/test_safetensors_file.py"),
@@ -135,5 +140,6 @@ FAULTS = (
     _fault("gate and up exchanged on the way in", "fp8jax/parameters.py",
            "for source, shape in self.sources[first : first + groups])",
            "for source, shape in self.sources[first : first + groups][::-1])", _MOE),
-    _fault("a replaced file goes unnoticed", "fp8jax/loading.py", "        checkpoint.verify_unchanged()\n", "", "tests/test_filling.py"),
+    _fault("a replaced file goes unnoticed", "fp8jax/loading.py", "        checkpoint.verify_unchanged()\n", "",
+           "tests/test_filling.py::test_a_checkpoint_that_is_replaced_while_it_loads_is_an_error"),
 )  # fmt: skip

@@ -217,6 +217,7 @@ def numpy_filter(logits, temperature, top_k, top_p, min_p):
         {"temperature": 1.5, "top_p": 0.6},
         {"temperature": 1.0, "min_p": 0.2},
         {"temperature": 0.8, "top_k": 5, "top_p": 0.7, "min_p": 0.1},
+        {"temperature": 1.0, "top_k": 3, "top_p": 0.75},  # two tokens; three if top_k's three did not add up to one
         {"temperature": 1.0, "top_p": 0.0},
     ],
 )
