@@ -52,14 +52,14 @@ def block_scaled_matmul_reference(
     k = w.shape[1]
     wide = x.astype(jnp.float32) * jnp.repeat(x_scale, BLOCK, axis=1)[:, :k]
 
-    def scaled_rows(rows: jax.Array, numbers: jax.Array) -> jax.Array:
-        return rows.astype(jnp.float32) * jnp.repeat(w_scale[numbers // BLOCK], BLOCK, axis=1)[:, :k]
+    def scaled(rows: jax.Array, numbers: jax.Array) -> jax.Array:
+        return rows * jnp.repeat(w_scale[numbers // BLOCK], BLOCK, axis=1)[:, :k]
 
     out = lax.platform_dependent(
         wide,
         w,
-        cpu=lambda x, w: widened_dot.widened_dot(x, w, scaled_rows),
-        default=lambda x, w: widened_dot.dot(x, scaled_rows(w, jnp.arange(w.shape[0], dtype=jnp.int32))),
+        cpu=lambda x, w: widened_dot.widened_dot(x, w, scaled),
+        default=lambda x, w: widened_dot.dot(x, scaled(w.astype(jnp.float32), jnp.arange(w.shape[0], dtype=jnp.int32))),
     )
     if bias is not None:
         out = out + bias.astype(jnp.float32)[None, :]

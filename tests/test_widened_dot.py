@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -28,6 +29,15 @@ def test_every_block_of_rows_meets_x(monkeypatch, n, k, dtype):
     expected = np.asarray(x, np.float64) @ np.asarray(w.astype(jnp.float32), np.float64).T
     # A float32 sum of k ≤ 400 terms of up to 200 each.
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-3)
+
+
+def test_every_code_is_widened_to_its_number():
+    codes = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn)
+    found = jax.jit(widened_dot.to_float32)(codes)
+    expected = codes.astype(np.float32)
+    np.testing.assert_array_equal(found, expected)  # NaN equals NaN here, and -0 equals 0
+    signed = ~np.isnan(expected)
+    np.testing.assert_array_equal(np.signbit(found)[signed], np.signbit(expected)[signed])
 
 
 def test_scales_follow_their_rows_into_blocks_that_begin_anywhere(monkeypatch):
