@@ -49,7 +49,9 @@ def test_a_published_config_gives_the_logits_of_torch(name, tmp_path, script):
 @pytest.mark.parametrize("name, field", REFUSED.items())
 def test_a_published_config_that_asks_for_something_else_is_refused_by_name(name, field, tmp_path, script):
     rules = script("real_configs")
-    (tmp_path / "config.json").write_text(json.dumps(rules.shrunk(rules.real_configs()[name].published)))
-    save_file({"model.norm.weight": rules.tensor("model.norm.weight", (64,))}, tmp_path / "model.safetensors")
+    config = rules.shrunk(rules.real_configs()[name].published)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    norms = [f"model.layers.{layer}.input_layernorm.weight" for layer in range(config["num_hidden_layers"])]
+    save_file({norm: rules.tensor(norm, (64,)) for norm in norms}, tmp_path / "model.safetensors")
     with pytest.raises((ValueError, NotImplementedError), match=field):
         fp8jax.load_quantized(tmp_path, None, dtype="float32")
