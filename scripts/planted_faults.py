@@ -76,7 +76,7 @@ FAULTS = (
            '        **(per_slot | {"row_weight": None}),\n        work=work,\n        row_groups',
            f"{_KERNELS}[granitemoe-fp8_per_block]"),
     # Layers, on every device.
-    _fault("norm without epsilon's part", "fp8jax/fused_ops.py",
+    _fault("epsilon of the norm a hundred times too large", "fp8jax/fused_ops.py",
            "mean_square + jnp.float32(epsilon)", "mean_square + jnp.float32(100 * epsilon)", _DENSE),
     _fault("residual branch shrunk by 3 %", "fp8jax/fused_ops.py",
            "stream + times(_whole(added), multiplier)", "stream + times(_whole(added), 0.97 * multiplier)", _DENSE),
