@@ -1,7 +1,7 @@
 """Read mutated config.json files with transformers and with fp8jax, and compare what comes out.
 
-    <python with torch> scripts/compare_configs.py torch  --cases 2000 --seed 0 --file /tmp/mutations      # minutes
-    python              scripts/compare_configs.py fp8jax --file /tmp/mutations --show different           # minutes
+    <python with torch> scripts/compare_configs.py torch  --cases 2000 --seed 0 --file mutations      # minutes
+    python              scripts/compare_configs.py fp8jax --file mutations --show different           # minutes
 
 torch and JAX live in different environments, so it runs in two stages that exchange files. The first draws the mutations
 (`config_mutations.py`), runs each with transformers (`torch_oracle.py`) and writes FILE.json, with the mutation, the
