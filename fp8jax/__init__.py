@@ -1,11 +1,25 @@
-"""fp8jax: load a BF16 checkpoint as FP8 and run it in JAX."""
+"""fp8jax: load a BF16 checkpoint as FP8 and run it in JAX.
 
-from fp8jax.checkpoint import Checkpoint, CheckpointError
+    lm = fp8jax.load_quantized("meta-llama/Llama-3.1-8B", "fp8_per_block")
+    lm.generate(["The capital of France is"], max_new_tokens=32)
+
+To read the library, follow a weight,
+
+    loading → checkpoints.parameters → checkpoints.filling → qarray → pallas_kernels.formats
+
+or a token:
+
+    language_model → generation → models.decoder → models.layers → ops → pallas_kernels
+
+Imports run in the same direction and never back.
+"""
+
+from fp8jax.checkpoints.folder import Checkpoint, CheckpointError
+from fp8jax.checkpoints.load_report import LayerReport, LoadReport
 from fp8jax.generation import Generated, decode_step, generate, prefill
 from fp8jax.language_model import Generation, LanguageModel
-from fp8jax.load_report import LayerReport, LoadReport
 from fp8jax.loading import load_quantized
-from fp8jax.ops import QActivation, quantize_activation, scaled_matmul
+from fp8jax.ops.matmul import QActivation, quantize_activation, scaled_matmul
 from fp8jax.qarray import QArray, dequantize, quantize
 from fp8jax.quantization_config import QuantizationConfig
 from fp8jax.sampling import Sampling, sample

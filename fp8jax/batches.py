@@ -1,17 +1,20 @@
 """Prompts of many lengths as few arrays of few shapes, as many at a time as memory holds.
 
-Every new shape is a new compilation, of seconds to a minute, so lengths and numbers of rows are rounded up:
+Every new shape is a new compilation, of seconds to a minute, so lengths and numbers of rows are
+rounded up:
 
     tokens    16, 32, 64, 128, 256, 512, then 768, 1024, 1536, 2048, 3072, …      never more than the context
     rows      1, 2, 4, 8, …                                                      never more than are run at once
     end ids   8, 16, 32, …                                                       filled with −1, which no token is
 
-Up to 512 tokens a prompt costs about as much as its padding (reading the weights is what takes time), so powers of two
-do; beyond, both time and cache grow with the length, and the halves between keep the waste below a third to a half.
-Padding repeats a token of its own row, and unused rows repeat a row, because any other token, 0 say, may be one whose
-hidden state is not finite. An unused row has length 0 and is never decoded.
+Up to 512 tokens a prompt costs about as much as its padding (reading the weights is what takes
+time), so powers of two do; beyond, both time and cache grow with the length, and the halves between
+keep the waste below a third to a half. Padding repeats a token of its own row, and unused rows
+repeat a row, because any other token, 0 say, may be one whose hidden state is not finite. An unused
+row has length 0 and is never decoded.
 
-Rows that run at once follow from an estimate of what a row needs (`row_bytes`) against the device's free memory.
+Rows that run at once follow from an estimate of what a row needs (`row_bytes`) against the device's
+free memory.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,9 +26,11 @@ import psutil
 
 from fp8jax.models import DecoderConfig
 
-# Of free memory: the rest is for fragments, the program itself, and for what the estimate does not know.
+# Of free memory: the rest is for fragments, the program itself, and for what the estimate does not
+# know.
 _SHARE_OF_FREE_MEMORY = 0.7
-# Scores of attention and chunks of logits are bounded whatever the batch; about three arrays of each live at once.
+# Scores of attention and chunks of logits are bounded whatever the batch; about three arrays of
+# each live at once.
 _BOUNDED_BYTES = 2**29
 
 
@@ -46,9 +51,12 @@ class Batch:
     lengths: np.ndarray
 
     def filled(self, values: np.ndarray) -> np.ndarray:
-        """What belongs to the batch's rows, of an array over all rows; unused rows repeat the first."""
+        """What belongs to the batch's rows, of an array over all rows; unused rows repeat the
+        first."""
         chosen = values[self.first : self.first + self.rows]
-        return np.concatenate([chosen, np.repeat(chosen[:1], len(self.lengths) - self.rows, axis=0)])
+        return np.concatenate(
+            [chosen, np.repeat(chosen[:1], len(self.lengths) - self.rows, axis=0)]
+        )
 
 
 def batches(
@@ -65,27 +73,35 @@ def batches(
         rows: token ids, none empty.
         config: the model's.
         batch_size: at most this many rows at once.
-        new_tokens: how many each row may get; None where nothing is generated and there is no cache.
+        new_tokens: how many each row may get; None where nothing is generated and there is no
+            cache.
         device: the `jax.Device` in whose memory they have to fit.
     """
     first = 0
     while first < len(rows):
         chosen = rows[first : first + batch_size]
         t = bucket(max(len(row) for row in chosen), config.max_position_embeddings)
-        room = 0 if new_tokens is None else cache_room(t, new_tokens, config.max_position_embeddings)
+        room = (
+            0 if new_tokens is None else cache_room(t, new_tokens, config.max_position_embeddings)
+        )
         limit = min(batch_size, rows_that_fit(config, t, room, free_bytes(device)))
-        yield pad(chosen[:limit], limit=config.max_position_embeddings, first=first, most_rows=limit)
+        yield pad(
+            chosen[:limit], limit=config.max_position_embeddings, first=first, most_rows=limit
+        )
         first += min(limit, len(chosen))
 
 
-def pad(rows: Sequence[Sequence[int]], *, limit: int, first: int = 0, most_rows: int | None = None) -> Batch:
+def pad(
+    rows: Sequence[Sequence[int]], *, limit: int, first: int = 0, most_rows: int | None = None
+) -> Batch:
     """Rows of token ids as one array, padded on the right and below.
 
     Args:
         rows: token ids, none empty.
         limit: the model's context.
         first: number of the first row among all.
-        most_rows: the batch is rounded up to a power of two, but not beyond this; None for no rounding.
+        most_rows: the batch is rounded up to a power of two, but not beyond this; None for no
+            rounding.
     """
     longest = bucket(max(len(row) for row in rows), limit)
     b = len(rows) if most_rows is None else min(2 ** (len(rows) - 1).bit_length(), most_rows)
@@ -98,8 +114,8 @@ def pad(rows: Sequence[Sequence[int]], *, limit: int, first: int = 0, most_rows:
 
 
 def bucket(length: int, limit: int) -> int:
-    """The padded length for `length` tokens: a power of two from 16, or half-way between two from 512 on; at most
-    `limit`, the model's context."""
+    """The padded length for `length` tokens: a power of two from 16, or half-way between two from
+    512 on; at most `limit`, the model's context."""
     size = max(16, 2 ** (length - 1).bit_length())
     if size > 512 and length <= size * 3 // 4:
         size = size * 3 // 4
@@ -107,7 +123,8 @@ def bucket(length: int, limit: int) -> int:
 
 
 def cache_room(padded_length: int, new_tokens: int, limit: int) -> int:
-    """Length of the cache: it follows from the two buckets, so that a bucket of prompts is one compilation."""
+    """Length of the cache: it follows from the two buckets, so that a bucket of prompts is one
+    compilation."""
     return min(padded_length + bucket(new_tokens, limit), limit)
 
 
@@ -119,23 +136,28 @@ def end_ids(ids: Sequence[int]) -> np.ndarray:
 
 
 def row_bytes(config: DecoderConfig, tokens: int, cache_length: int) -> int:
-    """About how much one row of `tokens` tokens needs beside the weights, in bytes: its cache, and the activations of
-    the layer that runs.
+    """About how much one row of `tokens` tokens needs beside the weights, in bytes: its cache, and
+    the activations of the layer that runs.
     """
     c = config
-    cache = 2 * c.num_layers * c.num_kv_heads * cache_length * c.head_dim * np.dtype(c.dtype).itemsize
+    cache = (
+        2 * c.num_layers * c.num_kv_heads * cache_length * c.head_dim * np.dtype(c.dtype).itemsize
+    )
     attention = 3 * (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
     mlp = 3 * c.intermediate_size
     if c.moe is not None:
         mlp = max(mlp, c.moe.top_k * (3 * c.moe.intermediate_size + 2 * c.hidden_size))
     # In float32: the references widen, and kernels leave float32 sums of split products.
     activations = 4 * (6 * c.hidden_size + max(attention, mlp)) * tokens
-    logits = 6 * 4 * c.vocab_size  # of the last position: sorted, ranked and summed up where rows filter
+    logits = (
+        6 * 4 * c.vocab_size
+    )  # of the last position: sorted, ranked and summed up where rows filter
     return cache + activations + logits
 
 
 def rows_that_fit(config: DecoderConfig, tokens: int, cache_length: int, free: int | None) -> int:
-    """How many rows run at once in so much memory: a power of two, so that it hardly ever changes; at least one."""
+    """How many rows run at once in so much memory: a power of two, so that it hardly ever changes;
+    at least one."""
     if free is None:
         return 2**30
     room = free * _SHARE_OF_FREE_MEMORY - _BOUNDED_BYTES

@@ -1,12 +1,14 @@
-"""The compiled functions of a model: what `LanguageModel` calls, each once compiled for every signature.
+"""The compiled functions of a model: what `LanguageModel` calls, each once compiled for every
+signature.
 
-Weights go in as pre-flattened leaves, since flattening an NNX module costs milliseconds a call. The decode loop runs on
-the device, in portions: `begin` reads prompts, `advance` decodes up to a given number of tokens and returns, so that
-Python sees a Ctrl-C now and then. `first` and `next` are single steps, for a stream that looks at every token: a loop of
-one step would make the host wait for its condition before the next can be queued.
+Weights go in as pre-flattened leaves, since flattening an NNX module costs milliseconds a call. The
+decode loop runs on the device, in portions: `begin` reads prompts, `advance` decodes up to a given
+number of tokens and returns, so that Python sees a Ctrl-C now and then. `first` and `next` are
+single steps, for a stream that looks at every token: a loop of one step would make the host wait
+for its condition before the next can be queued.
 
-Logits `[b, t, vocab]` of a score would be the largest array by far (8 × 8192 tokens of 49152 words: 12 GiB); they are made
-for some positions at a time and reduced to one number each.
+Logits `[b, t, vocab]` of a score would be the largest array by far (8 × 8192 tokens of 49152 words:
+12 GiB); they are made for some positions at a time and reduced to one number each.
 """
 
 import threading
@@ -50,9 +52,11 @@ class CompiledModel:
 
 
 class Program:
-    """A jitted function that threads share: the first call of a signature runs alone, or each thread would compile it.
+    """A jitted function that threads share: the first call of a signature runs alone, or each
+    thread would compile it.
 
-    JAX's own cache is filled only when a compilation is done, so that calls which arrive before start another one.
+    JAX's own cache is filled only when a compilation is done, so that calls which arrive before
+    start another one.
     """
 
     def __init__(self, function: Any):
@@ -62,7 +66,11 @@ class Program:
 
     def __call__(self, leaves: list[jax.Array], *args: Any, **static: Any) -> Any:
         arrays, structure = jax.tree.flatten(args)
-        signature = (structure, tuple((x.shape, x.dtype) for x in arrays), tuple(sorted(static.items())))
+        signature = (
+            structure,
+            tuple((x.shape, x.dtype) for x in arrays),
+            tuple(sorted(static.items())),
+        )
         if signature not in self._compiled:
             with self._locks.setdefault(signature, threading.Lock()):
                 if signature not in self._compiled:
@@ -106,18 +114,23 @@ def _hidden(model: CausalLM, token_ids: jax.Array, lengths: jax.Array) -> jax.Ar
 
 
 def _scores(model: CausalLM, token_ids: jax.Array, lengths: jax.Array) -> jax.Array:
-    """float32 `[b, t]`: the log-probability of token i + 1 in column i; the last column means nothing."""
+    """float32 `[b, t]`: the log-probability of token i + 1 in column i; the last column means
+    nothing."""
 
     def score(hidden: jax.Array, token: jax.Array) -> jax.Array:
         logits = model.logits(hidden)
         return logits[token] - jax.nn.logsumexp(logits)
 
     following = jnp.roll(token_ids, -1, axis=1)
-    return by_position(score, model.config.vocab_size, _hidden(model, token_ids, lengths), following)
+    return by_position(
+        score, model.config.vocab_size, _hidden(model, token_ids, lengths), following
+    )
 
 
 def _first_token(model: CausalLM, token_ids, lengths, sampling: Sampling, *, cache_length: int):
-    logits, cache = prefill(model, model.empty_cache(token_ids.shape[0], cache_length), token_ids, lengths)
+    logits, cache = prefill(
+        model, model.empty_cache(token_ids.shape[0], cache_length), token_ids, lengths
+    )
     return *sample(logits, sampling, jnp.int32(0)), cache
 
 

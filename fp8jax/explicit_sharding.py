@@ -1,9 +1,11 @@
-"""A model whose weights lie on a mesh with Explicit axes, which is what `jax.make_mesh` makes unless told otherwise.
+"""A model whose weights lie on a mesh with Explicit axes, which is what `jax.make_mesh` makes
+unless told otherwise.
 
-With Explicit axes an array's sharding is part of its type, and every operation whose result could be sharded in more
-than one way (a look-up in a sharded table, a product over a sharded axis) must be told which. The model leaves that to
-XLA: inside it all axes are Auto, whatever the weights' shardings are, and what comes out, hidden states, logits and
-cache, is replicated. Meshes with Auto axes and single devices go through unchanged.
+With Explicit axes an array's sharding is part of its type, and every operation whose result could
+be sharded in more than one way (a look-up in a sharded table, a product over a sharded axis) must
+be told which. The model leaves that to XLA: inside it all axes are Auto, whatever the weights'
+shardings are, and what comes out, hidden states, logits and cache, is replicated. Meshes with Auto
+axes and single devices go through unchanged.
 """
 
 import contextlib
@@ -19,7 +21,8 @@ def with_automatic_axes(function: Callable[..., Any], weight: jax.Array, *args: 
     """`function(*args)`, its axes Auto where those of a weight's mesh are Explicit; traceable.
 
     Args:
-        function: of pytrees of arrays; everything that lies on the mesh must be among its arguments.
+        function: of pytrees of arrays; everything that lies on the mesh must be among its
+            arguments.
         weight: says on which mesh they lie.
     """
     if not _is_explicit(weight):
@@ -29,7 +32,8 @@ def with_automatic_axes(function: Callable[..., Any], weight: jax.Array, *args: 
 
 
 def on_mesh_of(weight: jax.Array) -> contextlib.AbstractContextManager[Any]:
-    """A context in which new arrays belong to a weight's mesh, where its axes are Explicit and no mesh is set."""
+    """A context in which new arrays belong to a weight's mesh, where its axes are Explicit and no
+    mesh is set."""
     if not _is_explicit(weight) or not jax.sharding.get_abstract_mesh().empty:
         return contextlib.nullcontext()
     if not isinstance(weight, Tracer) and isinstance(weight.sharding, NamedSharding):

@@ -1,7 +1,9 @@
-"""LanguageModel: a loaded model with its tokenizer and configuration; text or token ids in, text or logits out.
+"""LanguageModel: a loaded model with its tokenizer and configuration; text or token ids in, text or
+logits out.
 
-The model itself is `lm.model`, a plain pytree. This class keeps the host's side: it turns prompts into padded arrays of
-few different shapes (`batches`), calls the compiled functions (`compiled_model`), and turns tokens into text.
+The model itself is `lm.model`, a plain pytree. This class keeps the host's side: it turns prompts
+into padded arrays of few different shapes (`batches`), calls the compiled functions
+(`compiled_model`), and turns tokens into text.
 """
 
 import contextlib
@@ -17,9 +19,9 @@ import jax
 import numpy as np
 
 from fp8jax.batches import Batch, batches, bucket, cache_room, end_ids, pad
+from fp8jax.checkpoints.load_report import LoadReport
 from fp8jax.compiled_model import CompiledModel
 from fp8jax.generation_config import GenerationDefaults, read_generation_config
-from fp8jax.load_report import LoadReport
 from fp8jax.models import CausalLM
 from fp8jax.qarray import QArray, SplitQArray
 from fp8jax.sampling import Sampling, numbers
@@ -33,14 +35,17 @@ _MAKING_FUNCTIONS = threading.Lock()
 
 
 class _WhenRead:
-    """A dataclass field that may be given as a function without arguments, called when the field is first read."""
+    """A dataclass field that may be given as a function without arguments, called when the field is
+    first read."""
 
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = name
 
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
         if instance is None:
-            raise AttributeError(self._name)  # a dataclass takes what the class gives as the default, and there is none
+            raise AttributeError(
+                self._name
+            )  # a dataclass takes what the class gives as the default, and there is none
         value = vars(instance)[self._name]
         if callable(value):
             value = vars(instance)[self._name] = value()
@@ -55,11 +60,12 @@ class Generation:
     """One continuation.
 
     Args:
-        text: the new tokens as text, special tokens left out; "" without a tokenizer. It is made when it is first read,
-            so that work with token ids never touches the tokenizer.
+        text: the new tokens as text, special tokens left out; "" without a tokenizer. It is made
+            when it is first read, so that work with token ids never touches the tokenizer.
         token_ids: the new tokens only, the end token included if it was generated.
         finish_reason: "stop" where an end token came, "length" where max_new_tokens was reached.
-        logprobs: of each new token under the model itself (temperature 1, unfiltered), natural logarithm.
+        logprobs: of each new token under the model itself (temperature 1, unfiltered), natural
+            logarithm.
     """
 
     text: str = cast(str, _WhenRead())
@@ -73,7 +79,8 @@ class Generation:
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """Log-probabilities of a given text: `logprobs[i]` is that of `token_ids[i + 1]` after those before it."""
+    """Log-probabilities of a given text: `logprobs[i]` is that of `token_ids[i + 1]` after those
+    before it."""
 
     token_ids: list[int]
     logprobs: list[float]
@@ -89,8 +96,8 @@ class LanguageModel:
         folder: where the checkpoint lies, for the tokenizer; None for none.
         report: what loading did.
 
-    `pickle` and `copy.deepcopy` take it, with the weights; compiled functions are made anew, and the tokenizer is read again
-    from the folder unless it was set.
+    `pickle` and `copy.deepcopy` take it, with the weights; compiled functions are made anew, and
+    the tokenizer is read again from the folder unless it was set.
     """
 
     def __init__(
@@ -120,11 +127,12 @@ class LanguageModel:
 
     @property
     def tokenizer(self) -> Any | None:
-        """The folder's Hugging Face tokenizer, None where it has none; read at first use, by one thread.
+        """The folder's Hugging Face tokenizer, None where it has none; read at first use, by one
+        thread.
 
         Raises:
-            CheckpointError: tokenizer files that cannot be read, or that need Python code from the checkpoint, which is
-                never run. A tokenizer of one's own can be set instead.
+            CheckpointError: tokenizer files that cannot be read, or that need Python code from the
+                checkpoint, which is never run. A tokenizer of one's own can be set instead.
         """
         return self._tokenizer.get()
 
@@ -150,7 +158,8 @@ class LanguageModel:
         """A layer's weight as it is held.
 
         Args:
-            name: the module's name: "model.layers.0.self_attn.qkv_proj", "model.embed_tokens", "lm_head".
+            name: the module's name: "model.layers.0.self_attn.qkv_proj", "model.embed_tokens",
+                "lm_head".
         Raises:
             KeyError: no such layer; names the part that was not found and what is there.
         """
@@ -165,12 +174,17 @@ class LanguageModel:
             elif not part.startswith("_"):
                 found = getattr(module, part, None)
             if found is None:
-                raise KeyError(f"{name}: {'.'.join(walked) or 'the model'} has no {part!r}; it has {_children(module)}")
+                raise KeyError(
+                    f"{name}: {'.'.join(walked) or 'the model'} has no {part!r}; it has "
+                    f"{_children(module)}"
+                )
             module = found
             walked.append(part)
         if isinstance(module, SplitQArray):
             return module.joined()
-        weight = module if isinstance(module, QArray | jax.Array) else getattr(module, "weight", None)
+        weight = (
+            module if isinstance(module, QArray | jax.Array) else getattr(module, "weight", None)
+        )
         if weight is None:
             raise KeyError(f"{name} has no weight of its own; it has {_children(module)}")
         return weight
@@ -189,8 +203,8 @@ class LanguageModel:
             ids = np.asarray(token_ids)
         except ValueError as error:
             raise ValueError(
-                "logits takes token ids [b, t], got rows of different lengths or something that is no number; "
-                "give rows of one length, or one row at a time"
+                "logits takes token ids [b, t], got rows of different lengths or something that "
+                "is no number; give rows of one length, or one row at a time"
             ) from error
         if ids.ndim != 2 or ids.size == 0:
             raise ValueError(f"logits takes token ids [b, t], got shape {ids.shape}")
@@ -198,8 +212,8 @@ class LanguageModel:
         t = ids.shape[1]
         if t > self.context_length:
             raise ValueError(
-                f"{t} tokens are more than the model's context of {self.context_length} (max_position_embeddings, or what "
-                "else config.json says of it)"
+                f"{t} tokens are more than the model's context of {self.context_length} "
+                "(max_position_embeddings, or what else config.json says of it)"
             )
         batch = pad(ids.tolist(), limit=self.context_length)
         leaves, compiled = self._functions()
@@ -222,20 +236,23 @@ class LanguageModel:
 
         Args:
             prompts: strings or lists of token ids, of different lengths.
-            max_new_tokens: at most this many; the checkpoint's generation_config (max_new_tokens, or max_length less the
-                longest prompt), else 128 or what the context holds.
-            temperature, top_k, top_p, min_p: see `sampling`; one value, or one a prompt. Not given, the checkpoint's
-                generation_config decides, and where that does not sample, decoding is greedy (temperature 0). Where
-                it names no top_k none applies; transformers would take 50.
-            seed: random seed; one, with which each prompt's number is combined, or one a prompt, whose draws then depend
-                on nothing else. Draws depend neither on the batches nor on the other prompts.
+            max_new_tokens: at most this many; the checkpoint's generation_config (max_new_tokens,
+                or max_length less the longest prompt), else 128 or what the context holds.
+            temperature, top_k, top_p, min_p: see `sampling`; one value, or one a prompt. Not given,
+                the checkpoint's generation_config decides, and where that does not sample, decoding
+                is greedy (temperature 0). Where it names no top_k none applies; transformers would
+                take 50.
+            seed: random seed; one, with which each prompt's number is combined, or one a prompt,
+                whose draws then depend on nothing else. Draws depend neither on the batches nor on
+                the other prompts.
             eos_token_ids: tokens that end a row; those of the checkpoint by default, [] for none.
             batch_size: how many prompts run at once; fewer where memory does not hold so many.
         Returns:
             One `Generation` a prompt, in order.
         Raises:
-            ValueError: an empty prompt, text without a tokenizer, ids outside the vocabulary, more tokens than the
-                context holds, or an option that is not what it should be, all before any work.
+            ValueError: an empty prompt, text without a tokenizer, ids outside the vocabulary, more
+                tokens than the context holds, or an option that is not what it should be, all
+                before any work.
             FloatingPointError: the model's logits for a prompt are NaN or infinite.
 
         Ctrl-C is noticed after the prompts were read and then every 32 tokens.
@@ -244,13 +261,21 @@ class LanguageModel:
         batch_size = _whole_number("batch_size", batch_size)
         ids, new_tokens, ends = self._prepare(prompts, max_new_tokens, eos_token_ids)
         rules = self._sampling(len(ids), temperature, top_k, top_p, min_p, seed)
-        rules = jax.tree.map(np.asarray, rules)  # on the host, rows are taken from it without compiling anything
+        rules = jax.tree.map(
+            np.asarray, rules
+        )  # on the host, rows are taken from it without compiling anything
         return [
             generation
             for batch in batches(
-                ids, self.model.config, batch_size=batch_size, new_tokens=new_tokens, device=self._device()
+                ids,
+                self.model.config,
+                batch_size=batch_size,
+                new_tokens=new_tokens,
+                device=self._device(),
             )
-            for generation in self._generate_batch(batch, jax.tree.map(batch.filled, rules), new_tokens, ends)
+            for generation in self._generate_batch(
+                batch, jax.tree.map(batch.filled, rules), new_tokens, ends
+            )
         ]
 
     def stream(
@@ -268,8 +293,8 @@ class LanguageModel:
         """Continue one prompt piece by piece; the same tokens as `generate` gives.
 
         Returns:
-            An iterator of pieces of text, never half a character, which joined are the text of `generate`; of token ids
-            (end token included) without a tokenizer.
+            An iterator of pieces of text, never half a character, which joined are the text of
+            `generate`; of token ids (end token included) without a tokenizer.
         Raises:
             ValueError: as in `generate`, at the call, before any work.
             FloatingPointError: as in `generate`, when the piece is asked for.
@@ -290,14 +315,18 @@ class LanguageModel:
         """Answer a conversation under the checkpoint's chat template.
 
         Args:
-            messages: [{"role": "user", "content": "…"}, …]; what else a message holds is the template's.
-            template_options: handed to the tokenizer's `apply_chat_template`: {"enable_thinking": False}, {"tools": […]}.
+            messages: [{"role": "user", "content": "…"}, …]; what else a message holds is the
+                template's.
+            template_options: handed to the tokenizer's `apply_chat_template`: {"enable_thinking":
+                False}, {"tools": […]}.
             options: as in `generate`.
         Raises:
-            ValueError: no tokenizer or no chat template, messages of another form, or a template that fails on them; all
-                before any work.
+            ValueError: no tokenizer or no chat template, messages of another form, or a template
+                that fails on them; all before any work.
         """
-        return self.generate([render_chat(self.tokenizer, messages, template_options or {})], **options)[0]
+        return self.generate(
+            [render_chat(self.tokenizer, messages, template_options or {})], **options
+        )[0]
 
     def score(self, texts: Sequence[Prompt], *, batch_size: int = 8) -> list[Score]:
         """Log-probability of every token of given texts after its predecessors.
@@ -314,20 +343,29 @@ class LanguageModel:
         ids = [self._encode(text, f"texts[{i}]") for i, text in enumerate(texts)]
         for i, row in enumerate(ids):
             if not 2 <= len(row) <= self.context_length:
-                raise ValueError(f"texts[{i}] has {len(row)} tokens; score takes 2 to {self.context_length}")
+                raise ValueError(
+                    f"texts[{i}] has {len(row)} tokens; score takes 2 to {self.context_length}"
+                )
         scores = []
         leaves, compiled = self._functions()
-        for batch in batches(ids, self.model.config, batch_size=batch_size, new_tokens=None, device=self._device()):
+        for batch in batches(
+            ids, self.model.config, batch_size=batch_size, new_tokens=None, device=self._device()
+        ):
             logprobs = np.asarray(compiled.score(leaves, batch.token_ids, batch.lengths))
             for i, values in enumerate(logprobs[: batch.rows], batch.first):
                 values = values[: len(ids[i]) - 1]
                 if not np.isfinite(values).all():
-                    raise _not_finite(f"texts[{i}]", f"token {int(np.argmin(np.isfinite(values))) + 1}")
+                    raise _not_finite(
+                        f"texts[{i}]", f"token {int(np.argmin(np.isfinite(values))) + 1}"
+                    )
                 scores.append(Score(token_ids=list(ids[i]), logprobs=[float(x) for x in values]))
         return scores
 
     def _prepare(
-        self, prompts: Sequence[Prompt], max_new_tokens: int | None, eos_token_ids: Sequence[int] | int | None
+        self,
+        prompts: Sequence[Prompt],
+        max_new_tokens: int | None,
+        eos_token_ids: Sequence[int] | int | None,
     ) -> tuple[list[list[int]], int, np.ndarray]:
         """Token ids, the number of new tokens and the end tokens, all checked."""
         defaults = self._defaults
@@ -340,18 +378,24 @@ class LanguageModel:
             if max_new_tokens < 1:
                 limit = min(defaults.max_length or self.context_length, self.context_length)
                 raise ValueError(
-                    f"the longest prompt has {longest} tokens, and {limit} is the limit for prompt and continuation"
-                    f" (max_length in generation_config.json, or the context): pass max_new_tokens, or a shorter prompt"
+                    f"the longest prompt has {longest} tokens, and {limit} is the limit for prompt "
+                    "and continuation (max_length in generation_config.json, or the context): "
+                    "pass max_new_tokens, or a shorter prompt"
                 )
         for i, row in enumerate(ids):
             if not row:
                 raise ValueError(f"prompts[{i}] is empty; a prompt needs at least one token")
             if len(row) + max_new_tokens > self.context_length:
                 raise ValueError(
-                    f"prompts[{i}]: {len(row)} prompt tokens and max_new_tokens={max_new_tokens} are more than the model's context "
-                    f"of {self.context_length} (max_position_embeddings)"
+                    f"prompts[{i}]: {len(row)} prompt tokens and max_new_tokens={max_new_tokens} "
+                    f"are more than the model's context of {self.context_length} "
+                    "(max_position_embeddings)"
                 )
-        ends = self.eos_token_ids if eos_token_ids is None else numbers("eos_token_ids", eos_token_ids, "whole")
+        ends = (
+            self.eos_token_ids
+            if eos_token_ids is None
+            else numbers("eos_token_ids", eos_token_ids, "whole")
+        )
         outside = [int(end) for end in np.atleast_1d(ends) if not -1 <= end < 2**31]
         if outside:
             raise ValueError(f"eos_token_ids holds {outside[0]}, expected token ids")
@@ -360,16 +404,22 @@ class LanguageModel:
     def _encode(self, prompt: Prompt, where: str) -> list[int]:
         if isinstance(prompt, str):
             if self.tokenizer is None:
-                raise ValueError(f"{where} is text, but the checkpoint folder has no tokenizer files; pass token ids")
+                raise ValueError(
+                    f"{where} is text, but the checkpoint folder has no tokenizer files; pass "
+                    "token ids"
+                )
             return list(self.tokenizer.encode(prompt))
         try:
             ids = np.asarray(prompt)
         except ValueError as error:  # NumPy's for a list in a list
             raise ValueError(
-                f"{where}: expected a string or a flat list of token ids, got a list whose items differ in kind or length"
+                f"{where}: expected a string or a flat list of token ids, got a list whose items "
+                "differ in kind or length"
             ) from error
         if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
-            raise ValueError(f"{where}: expected a string or a list of token ids, got {type(prompt).__name__}")
+            raise ValueError(
+                f"{where}: expected a string or a list of token ids, got {type(prompt).__name__}"
+            )
         self._check_ids(ids, where)
         return [int(i) for i in ids]
 
@@ -393,7 +443,9 @@ class LanguageModel:
             seed=seed,
         )
 
-    def _generate_batch(self, batch: Batch, sampling: Sampling, new_tokens: int, ends: np.ndarray) -> list[Generation]:
+    def _generate_batch(
+        self, batch: Batch, sampling: Sampling, new_tokens: int, ends: np.ndarray
+    ) -> list[Generation]:
         leaves, compiled = self._functions()
         decoding = compiled.begin(
             leaves,
@@ -410,13 +462,16 @@ class LanguageModel:
                 active, (tokens, logprobs, counts) = jax.device_get((decoding.active, decoding.out))
                 for i in range(batch.rows):
                     if not np.isfinite(logprobs[i, counts[i] - 1]):
-                        raise _not_finite(f"prompts[{batch.first + i}]", f"new token {counts[i] - 1}")
+                        raise _not_finite(
+                            f"prompts[{batch.first + i}]", f"new token {counts[i] - 1}"
+                        )
                 if done >= new_tokens or not active.any():
                     break
                 done = min(done + _TOKENS_A_PORTION, new_tokens)
                 decoding = compiled.advance(leaves, decoding, sampling, ends, np.int32(done))
         except KeyboardInterrupt:
-            # A process that ends while the device is at work aborts. RuntimeError: donated a moment ago.
+            # A process that ends while the device is at work aborts. RuntimeError: donated a moment
+            # ago.
             with contextlib.suppress(RuntimeError):
                 jax.block_until_ready(decoding)
             raise
@@ -433,17 +488,23 @@ class LanguageModel:
             )
         return generations
 
-    def _stream_tokens(self, ids: list[int], sampling: Sampling, new_tokens: int, ends: np.ndarray) -> Iterator[int]:
+    def _stream_tokens(
+        self, ids: list[int], sampling: Sampling, new_tokens: int, ends: np.ndarray
+    ) -> Iterator[int]:
         batch = pad([ids], limit=self.context_length)
         leaves, compiled = self._functions()
         length = cache_room(batch.token_ids.shape[1], new_tokens, self.context_length)
-        token, logprob, cache = compiled.first(leaves, batch.token_ids, batch.lengths, sampling, cache_length=length)
+        token, logprob, cache = compiled.first(
+            leaves, batch.token_ids, batch.lengths, sampling, cache_length=length
+        )
         for step in range(1, new_tokens + 1):
             # The next step is under way on the device before this token is looked at on the host.
             following = None
             if step < new_tokens:
                 position = np.asarray([len(ids) + step - 1], np.int32)
-                *following, cache = compiled.next(leaves, cache, token, position, sampling, np.int32(step))
+                *following, cache = compiled.next(
+                    leaves, cache, token, position, sampling, np.int32(step)
+                )
             emitted = int(token[0])
             if not np.isfinite(float(logprob[0])):
                 raise _not_finite("prompt", f"new token {step - 1}")
@@ -474,9 +535,14 @@ def _as_text(tokens: Iterator[int], stream: TextStream) -> Iterator[str]:
 
 
 def _check_list(function: str, name: str, values: Any) -> None:
-    if isinstance(values, str) or not hasattr(values, "__len__") or not hasattr(values, "__getitem__"):
+    if (
+        isinstance(values, str)
+        or not hasattr(values, "__len__")
+        or not hasattr(values, "__getitem__")
+    ):
         raise ValueError(
-            f"{function} takes a list of {name}, got a {type(values).__name__}; put a single one in a list"
+            f"{function} takes a list of {name}, got a {type(values).__name__}; put a single one "
+            "in a list"
         )
     if isinstance(values, Mapping) or (len(values) and isinstance(values[0], int | np.integer)):
         raise ValueError(f"{function} takes a list of {name}; put a single one in a list")
@@ -484,19 +550,28 @@ def _check_list(function: str, name: str, values: Any) -> None:
 
 def _whole_number(name: str, value: Any) -> int:
     """A whole number of at least 1; True, 2.5 and 2.0 are none."""
-    if isinstance(value, bool | np.bool_) or not hasattr(value, "__index__") or operator.index(value) < 1:
+    if (
+        isinstance(value, bool | np.bool_)
+        or not hasattr(value, "__index__")
+        or operator.index(value) < 1
+    ):
         raise ValueError(f"{name} is {value!r}, expected a whole number of at least 1")
     return operator.index(value)
 
 
 def _not_finite(where: str, place: str) -> FloatingPointError:
     return FloatingPointError(
-        f"{where}: the model's logits for {place} are NaN or infinite, so nothing can be chosen or scored. Activations "
-        "beyond what dtype holds are the usual reason: try dtype='float32', or 'bfloat16' in place of 'float16'. If "
-        "float32 fails too, the weights are damaged or the config does not belong to them"
+        f"{where}: the model's logits for {place} are NaN or infinite, so nothing can be chosen or "
+        "scored. Activations beyond what dtype holds are the usual reason: try dtype='float32', "
+        "or 'bfloat16' in place of 'float16'. If float32 fails too, the weights are damaged or "
+        "the config does not belong to them"
     )
 
 
 def _children(module: Any) -> str:
-    names = [name for name in vars(module) if not name.startswith("_")] if hasattr(module, "__dict__") else []
+    names = (
+        [name for name in vars(module) if not name.startswith("_")]
+        if hasattr(module, "__dict__")
+        else []
+    )
     return ", ".join(names) or "nothing more"

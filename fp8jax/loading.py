@@ -1,14 +1,17 @@
-"""Loading: from a BF16 checkpoint on disk to a model whose linear weights are FP8, without ever holding the BF16 model.
+"""Loading: from a BF16 checkpoint on disk to a model whose linear weights are FP8, without ever
+holding the BF16 model.
 
     headers ──> abstract model ──> plan: which tensors of the file make which weight, and its scheme
                                     │        every fault of names, shapes and dtypes in one error, before any work
     file, piece by piece ──> quantize (one jitted function on the device) ──> the model's weight        `filling`
 
-At any moment the process holds the finished weights and two pieces of some megabytes, however large a layer is. The loaded
-model owns its memory. NaN and Inf are looked for in every tensor on its way and reported together at the end. A file that is
-replaced or written to meanwhile is an error: a model is never made of two checkpoints.
+At any moment the process holds the finished weights and two pieces of some megabytes, however large
+a layer is. The loaded model owns its memory. NaN and Inf are looked for in every tensor on its way
+and reported together at the end. A file that is replaced or written to meanwhile is an error: a
+model is never made of two checkpoints.
 
-A stack of experts that kernels could not address as one array (2 to 4 GiB) becomes a `SplitQArray` at once.
+A stack of experts that kernels could not address as one array (2 to 4 GiB) becomes a `SplitQArray`
+at once.
 """
 
 import logging
@@ -22,14 +25,11 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from fp8jax import ops
-from fp8jax.checkpoint import Checkpoint
-from fp8jax.filling import fill
-from fp8jax.generation_config import read_generation_config
-from fp8jax.host_memory import PeakMemory
-from fp8jax.language_model import LanguageModel
-from fp8jax.load_report import LoadReport
-from fp8jax.models import CausalLM, read_decoder_config
-from fp8jax.parameters import (
+from fp8jax.checkpoints.filling import fill
+from fp8jax.checkpoints.folder import Checkpoint
+from fp8jax.checkpoints.host_memory import PeakMemory
+from fp8jax.checkpoints.load_report import LoadReport
+from fp8jax.checkpoints.parameters import (
     ExpertParameter,
     Parameter,
     check_against,
@@ -38,6 +38,9 @@ from fp8jax.parameters import (
     model_parameters,
     tied_as_stored,
 )
+from fp8jax.generation_config import read_generation_config
+from fp8jax.language_model import LanguageModel
+from fp8jax.models import CausalLM, read_decoder_config
 from fp8jax.quantization_config import LayerKind, QuantizationConfig
 from fp8jax.schemes import Scheme
 
@@ -45,7 +48,13 @@ logger = logging.getLogger("fp8jax")
 
 DTYPES = ("bfloat16", "float16", "float32")
 _SHORT_NAMES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32"}
-_BAR_DISABLED: dict[Any, bool | None] = {"auto": None, "on": False, "off": True, True: False, False: True}
+_BAR_DISABLED: dict[Any, bool | None] = {
+    "auto": None,
+    "on": False,
+    "off": True,
+    True: False,
+    False: True,
+}
 
 
 def load_quantized(
@@ -62,26 +71,29 @@ def load_quantized(
 
     Args:
         repo: a folder in Hugging Face layout, or a hub repository id.
-        scheme: "fp8_per_tensor", "fp8_per_block", "online" (everything is in `quantization_config`), or None for no
-            quantization.
+        scheme: "fp8_per_tensor", "fp8_per_block", "online" (everything is in
+            `quantization_config`), or None for no quantization.
         quantization_config: overrides and exceptions, see `QuantizationConfig`.
-        dtype: of activations and unquantized weights: bfloat16, float16 or float32 (which is full float32, no TF32), as a
-            name, a short name ("bf16", "fp16", "fp32") or a NumPy or JAX dtype; "auto" for the checkpoint's own, as
-            config.json has it, or else most of its tensors.
+        dtype: of activations and unquantized weights: bfloat16, float16 or float32 (which is full
+            float32, no TF32), as a name, a short name ("bf16", "fp16", "fp32") or a NumPy or JAX
+            dtype; "auto" for the checkpoint's own, as config.json has it, or else most of its
+            tensors.
         implementation: "xla", "triton" or "auto", see `ops`.
         revision: branch, tag or commit of a hub repository.
-        progress: a progress bar on stderr: "on" or True, "off" or False; "auto" shows it on terminals.
+        progress: a progress bar on stderr: "on" or True, "off" or False; "auto" shows it on
+            terminals.
     Returns:
         The model with its tokenizer, configuration and load report.
     Raises:
-        CheckpointError: a malformed, already quantized or mismatching checkpoint, which lists every fault by tensor; or
-            one that was changed while it was being read.
-        ValueError: an argument of the wrong type, an unknown scheme, a wrong quantization_config, an architecture or config
-            field that is not implemented.
-        MemoryError: host or device ran out of memory; names the layer, its size and how far loading was.
+        CheckpointError: a malformed, already quantized or mismatching checkpoint, which lists every
+            fault by tensor; or one that was changed while it was being read.
+        ValueError: an argument of the wrong type, an unknown scheme, a wrong quantization_config,
+            an architecture or config field that is not implemented.
+        MemoryError: host or device ran out of memory; names the layer, its size and how far loading
+            was.
 
-    Do not fork a process that has run a model: JAX's threads do not survive it, and the child hangs. Workers are started
-    with `multiprocessing.get_context("spawn")`.
+    Do not fork a process that has run a model: JAX's threads do not survive it, and the child
+    hangs. Workers are started with `multiprocessing.get_context("spawn")`.
     """
     wanted_dtype = _dtype_name(dtype)
     _check_arguments(repo, scheme, quantization_config, implementation, revision, progress)
@@ -93,10 +105,14 @@ def load_quantized(
         own_dtype = _own_dtype(checkpoint) if wanted_dtype == "auto" else wanted_dtype
         where = f"config.json of {repo}"
         about_config: list[str] = []
-        config = read_decoder_config(checkpoint.config, dtype=own_dtype, where=where, told=about_config)
+        config = read_decoder_config(
+            checkpoint.config, dtype=own_dtype, where=where, told=about_config
+        )
         check_expert_count(checkpoint, config)
         config = tied_as_stored(config, checkpoint)
-        defaults = read_generation_config(checkpoint.generation_config, checkpoint.config, where=str(repo))
+        defaults = read_generation_config(
+            checkpoint.generation_config, checkpoint.config, where=str(repo)
+        )
         model = CausalLM(config, implementation=implementation)
         parameters = list(model_parameters(model, checkpoint.tensors))
         schemes, unmatched = _resolve(parameters, quantization)
@@ -104,7 +120,12 @@ def load_quantized(
         check_against(checkpoint, parameters)
         opened = time.perf_counter()
         layers = fill(
-            checkpoint, parameters, schemes, quantization, dtype=own_dtype, disable_bar=_BAR_DISABLED[progress]
+            checkpoint,
+            parameters,
+            schemes,
+            quantization,
+            dtype=own_dtype,
+            disable_bar=_BAR_DISABLED[progress],
         )
         checkpoint.verify_unchanged()
     finished = time.perf_counter()
@@ -113,13 +134,18 @@ def load_quantized(
         source=str(repo),
         layers=tuple(layers),
         seconds=finished - start,
-        seconds_by_phase={"headers and plan": opened - start, "read and quantize": finished - opened},
+        seconds_by_phase={
+            "headers and plan": opened - start,
+            "read and quantize": finished - opened,
+        },
         peak_host_bytes=memory.peak - memory.start,
         warnings=tuple(told),
     )
     if scheme is not None:
         logger.info(report.log_line())
-        logger.info("Online quantization as part of model loading took %.2f seconds", report.seconds)
+        logger.info(
+            "Online quantization as part of model loading took %.2f seconds", report.seconds
+        )
     for warning in told:
         warnings.warn(warning, stacklevel=2)
     return LanguageModel(
@@ -136,25 +162,30 @@ def _dtype_name(dtype: Any) -> str:
     name = dtype
     if not isinstance(dtype, str):
         try:
-            name = np.dtype(dtype).name if dtype is not None else "None"  # NumPy takes None for float64
+            name = (
+                np.dtype(dtype).name if dtype is not None else "None"
+            )  # NumPy takes None for float64
         except TypeError:
             name = str(dtype)
     name = name.removeprefix("torch.")
     name = _SHORT_NAMES.get(name, name)
     if name not in (*DTYPES, "auto"):
-        raise ValueError(f"dtype {dtype!r} is not supported; choose one of {', '.join(DTYPES)}, or auto")
+        raise ValueError(
+            f"dtype {dtype!r} is not supported; choose one of {', '.join(DTYPES)}, or auto"
+        )
     return name
 
 
 def _own_dtype(checkpoint: Checkpoint) -> str:
-    """The dtype that config.json names, in either spelling, or else that of most of the checkpoint's bytes."""
+    """The dtype that config.json names, in either spelling, or else that of most of the
+    checkpoint's bytes."""
     for key in ("dtype", "torch_dtype"):
         if (named := checkpoint.config.get(key)) is not None:
             name = named.removeprefix("torch.") if isinstance(named, str) else named
             if name not in DTYPES:
                 raise ValueError(
-                    f"config.json of {checkpoint.folder}: {key} is {named!r}, so dtype='auto' finds none that is supported;"
-                    f" choose one of {', '.join(DTYPES)}"
+                    f"config.json of {checkpoint.folder}: {key} is {named!r}, so dtype='auto' "
+                    f"finds none that is supported; choose one of {', '.join(DTYPES)}"
                 )
             return name
     sizes = dict.fromkeys(DTYPES, 0)
@@ -165,24 +196,36 @@ def _own_dtype(checkpoint: Checkpoint) -> str:
 
 
 def _check_arguments(
-    repo: Any, scheme: Any, quantization_config: Any, implementation: Any, revision: Any, progress: Any
+    repo: Any,
+    scheme: Any,
+    quantization_config: Any,
+    implementation: Any,
+    revision: Any,
+    progress: Any,
 ) -> None:
     """Raises ValueError for what would fail later, in words that are not ours."""
     if not isinstance(repo, str | os.PathLike) or not isinstance(os.fspath(repo), str):
-        raise ValueError(f"repo is {repo!r}; give a checkpoint folder or a hub id such as 'org/name'")
+        raise ValueError(
+            f"repo is {repo!r}; give a checkpoint folder or a hub id such as 'org/name'"
+        )
     if not isinstance(scheme, str | None):
         raise ValueError(
-            f"scheme is {scheme!r}; give the name of one, 'fp8_per_block' say, or None for no quantization"
+            f"scheme is {scheme!r}; give the name of one, 'fp8_per_block' say, or None for no "
+            "quantization"
         )
     if not isinstance(quantization_config, Mapping | None):
-        raise ValueError(f"quantization_config is {quantization_config!r}; give a dict, or leave it out")
+        raise ValueError(
+            f"quantization_config is {quantization_config!r}; give a dict, or leave it out"
+        )
     if implementation not in ops.IMPLEMENTATIONS:
         raise ValueError(
-            f"implementation {implementation!r} is unknown; choose one of {', '.join(ops.IMPLEMENTATIONS)}"
+            f"implementation {implementation!r} is unknown; choose one of "
+            f"{', '.join(ops.IMPLEMENTATIONS)}"
         )
     if not isinstance(revision, str | None):
         raise ValueError(
-            f"revision is {revision!r}; give a branch, tag or commit of the hub repository, or leave it out"
+            f"revision is {revision!r}; give a branch, tag or commit of the hub repository, or "
+            "leave it out"
         )
     if not isinstance(progress, str | bool) or progress not in _BAR_DISABLED:
         raise ValueError(f"progress is {progress!r}; choose one of auto, on, off, True, False")
@@ -199,7 +242,11 @@ def _resolve(
             # Under the checkpoint's name, too, if it has another one.
             others += [
                 p.name,
-                *(source.removesuffix(".weight") for source, _ in p.sources if source.endswith(".weight")),
+                *(
+                    source.removesuffix(".weight")
+                    for source, _ in p.sources
+                    if source.endswith(".weight")
+                ),
             ]
         elif p.name not in candidates:
             candidates[p.name] = p.name, p.kind, p.shards

@@ -2,9 +2,9 @@
 
     s = amax / 448        q = round_e4m3(clip(w · (1/s), ±448))        w ≈ q · s
 
-amax is the largest |w| of everything that shares the scale. Division and reciprocal are correctly rounded on every
-device (see `exact_division`), so scales and codes equal the reference's (vLLM's `scaled_fp8_quant` and
-`per_block_cast_to_fp8`) to the bit.
+amax is the largest |w| of everything that shares the scale. Division and reciprocal are correctly
+rounded on every device (see `exact_division`), so scales and codes equal the reference's (vLLM's
+`scaled_fp8_quant` and `per_block_cast_to_fp8`) to the bit.
 
 | granularity | shares a scale                     | floor                            | scale shape          |
 |-------------|------------------------------------|----------------------------------|----------------------|
@@ -12,8 +12,9 @@ device (see `exact_division`), so scales and codes equal the reference's (vLLM's
 | channel     | an output row                      | s ≥ 2⁻¹²⁶                        | `[n, 1]`             |
 | block       | 128×128, edge blocks their rest    | amax ≥ 1e-4                      | `[⌈n/128⌉, ⌈k/128⌉]` |
 
-A stack of gate and up rows is two *row groups*: blocks are laid out in each half for itself, so that no block mixes the
-two when the half is not a multiple of 128 rows. Scales are then `[e, 2⌈i/128⌉, ⌈k/128⌉]`, gate first.
+A stack of gate and up rows is two *row groups*: blocks are laid out in each half for itself, so
+that no block mixes the two when the half is not a multiple of 128 rows. Scales are then
+`[e, 2⌈i/128⌉, ⌈k/128⌉]`, gate first.
 """
 
 from dataclasses import dataclass, field
@@ -23,15 +24,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from fp8jax import exact_division, gradients
-from fp8jax.pallas_kernels.addressing import unaddressable
-from fp8jax.schemes import BLOCK, E4M3_MAX, Scheme, scheme_named
+from fp8jax import exact_division, no_gradient
+from fp8jax.pallas_kernels.formats import BLOCK, E4M3_MAX, unaddressable
+from fp8jax.schemes import Scheme, scheme_named
 
 _SMALLEST_NORMAL = 2.0**-126
 _BLOCK_AMAX_FLOOR = 1e-4
 _QUANTIZING_HAS_NO_GRADIENT = (
     "quantize has no gradient: rounding is a staircase. For the straight-through estimate write "
-    "fixed = jax.lax.stop_gradient(w); w + (fp8jax.dequantize(fp8jax.quantize(fixed, scheme)) - fixed)"
+    "fixed = jax.lax.stop_gradient(w); w + (fp8jax.dequantize(fp8jax.quantize(fixed, scheme)) - "
+    "fixed)"
 )
 
 
@@ -44,7 +46,8 @@ class QArray:
         qvalue: float8_e4m3fn `[n, k]`, or `[e, n, k]` for a stack of experts.
         scale: float32 in the shape of the table above; the scale multiplies.
         scheme: how it was made and how activations that meet it are quantized (static).
-        row_groups: into how many equal groups of rows the blocks were laid out (static); 2 for an experts' gate and up.
+        row_groups: into how many equal groups of rows the blocks were laid out (static); 2 for an
+            experts' gate and up.
     """
 
     qvalue: jax.Array
@@ -59,28 +62,35 @@ class QArray:
     @property
     def nbytes(self) -> int:
         """Bytes of codes and scales."""
-        return self.qvalue.size * self.qvalue.dtype.itemsize + self.scale.size * self.scale.dtype.itemsize
+        return (
+            self.qvalue.size * self.qvalue.dtype.itemsize
+            + self.scale.size * self.scale.dtype.itemsize
+        )
 
     def validate(self) -> None:
         """Raise ValueError where dtypes or shapes do not belong together."""
         if self.qvalue.dtype != jnp.float8_e4m3fn or self.scale.dtype != jnp.float32:
             raise ValueError(
-                f"QArray holds float8_e4m3fn codes and float32 scales, got {self.qvalue.dtype} and {self.scale.dtype}"
+                f"QArray holds float8_e4m3fn codes and float32 scales, got {self.qvalue.dtype} and "
+                f"{self.scale.dtype}"
             )
         expected = scale_shape(self.qvalue.shape, self.scheme, row_groups=self.row_groups)
         if self.scale.shape != expected:
             raise ValueError(
-                f"QArray of shape {self.qvalue.shape} under {self.scheme} has scales {self.scale.shape}, expected {expected}"
+                f"QArray of shape {self.qvalue.shape} under {self.scheme} has scales "
+                f"{self.scale.shape}, expected {expected}"
             )
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class SplitQArray:
-    """A stack of experts that kernels cannot address as one array, cut along its rows: each part has some rows of every expert.
+    """A stack of experts that kernels cannot address as one array, cut along its rows: each part
+    has some rows of every expert.
 
     Args:
-        parts: stacks `[e, n_i, k]` with the n_i adding up to n, whose blocks are those of the whole.
+        parts: stacks `[e, n_i, k]` with the n_i adding up to n, whose blocks are those of the
+            whole.
         row_groups: of the whole (static).
     """
 
@@ -117,8 +127,9 @@ class SplitQArray:
 def rows_of_parts(shape: tuple[int, ...], *, row_groups: int = 1) -> tuple[int, ...]:
     """Into how many rows each a stack `[e, n, k]` has to be cut, `(n,)` where it can stay whole.
 
-    Parts end where a row group ends, or else at whole blocks of 128 rows, so that cutting changes no scale. A stack of fewer
-    than 256 rows and as large as that (16 million inputs and experts) is left as it is; its kernel refuses it.
+    Parts end where a row group ends, or else at whole blocks of 128 rows, so that cutting changes
+    no scale. A stack of fewer than 256 rows and as large as that (16 million inputs and experts) is
+    left as it is; its kernel refuses it.
     """
     e, n, k = shape
     if not unaddressable(e * n * k):
@@ -129,9 +140,12 @@ def rows_of_parts(shape: tuple[int, ...], *, row_groups: int = 1) -> tuple[int, 
 
 
 def split_rows(q: QArray, rows: tuple[int, ...]) -> SplitQArray:
-    """Cut a weight `[n, k]` or `[e, n, k]` into parts of so many rows, as `rows_of_parts` gives them."""
+    """Cut a weight `[n, k]` or `[e, n, k]` into parts of so many rows, as `rows_of_parts` gives
+    them."""
     group_rows = q.shape[-2] // q.row_groups
-    codes = lax.bitcast_convert_type(q.qvalue, jnp.uint8)  # as bytes: a CPU would slice FP8 as float16
+    codes = lax.bitcast_convert_type(
+        q.qvalue, jnp.uint8
+    )  # as bytes: a CPU would slice FP8 as float16
     parts, start, block = [], 0, 0
     for count in rows:
         part = lax.bitcast_convert_type(codes[..., start : start + count, :], jnp.float8_e4m3fn)
@@ -158,25 +172,29 @@ def scale_shape(shape: tuple[int, ...], scheme: Scheme, *, row_groups: int = 1) 
             return (*experts, row_groups * -(-n // row_groups // BLOCK), -(-k // BLOCK))
 
 
-def quantize(weight: jax.Array, scheme: str | Scheme, *, row_groups: int = 1, amax: jax.Array | None = None) -> QArray:
+def quantize(
+    weight: jax.Array, scheme: str | Scheme, *, row_groups: int = 1, amax: jax.Array | None = None
+) -> QArray:
     """Quantize a weight; traceable, so it works inside `jax.jit` and under `jax.eval_shape`.
 
-    It has no derivative, and asking for one is an error. Quantization-aware training takes the straight-through estimate:
+    It has no derivative, and asking for one is an error. Quantization-aware training takes the
+    straight-through estimate:
 
         fixed = jax.lax.stop_gradient(w)
         w + (dequantize(quantize(fixed, scheme)) - fixed)
 
     Args:
-        weight: bfloat16, float16 or float32, `[n, k]` or `[e, n, k]`. NaN and Inf are not looked for here; the loader
-            does.
+        weight: bfloat16, float16 or float32, `[n, k]` or `[e, n, k]`. NaN and Inf are not looked
+            for here; the loader does.
         scheme: `"fp8_per_tensor"`, `"fp8_per_block"` or a `Scheme`.
         row_groups: number of equal row groups whose blocks never mix (see the module's text).
-        amax: float32 `[1]`, the largest |w| of all that shares the scale, where `weight` is a part of a matrix that has one
-            scale; None for what `weight` itself has.
+        amax: float32 `[1]`, the largest |w| of all that shares the scale, where `weight` is a part
+            of a matrix that has one scale; None for what `weight` itself has.
     Returns:
         QArray whose codes and scales equal the reference's to the bit.
     Raises:
-        ValueError: not a 2-D or 3-D float array, an empty one, or rows that `row_groups` does not divide.
+        ValueError: not a 2-D or 3-D float array, an empty one, or rows that `row_groups` does not
+            divide.
         TypeError: someone differentiates with respect to the weight.
     Source: vLLM 0.20.2, scaled_fp8_quant (dynamic) and per_block_cast_to_fp8.
     """
@@ -184,16 +202,20 @@ def quantize(weight: jax.Array, scheme: str | Scheme, *, row_groups: int = 1, am
     weight = jnp.asarray(weight)
     if weight.ndim not in (2, 3) or weight.size == 0:
         raise ValueError(
-            f"quantize takes a weight [n, k] or [e, n, k] without empty dimensions, got shape {weight.shape}"
+            "quantize takes a weight [n, k] or [e, n, k] without empty dimensions, got shape "
+            f"{weight.shape}"
         )
     if weight.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         raise ValueError(f"quantize takes bfloat16, float16 or float32 weights, got {weight.dtype}")
     if weight.shape[-2] % row_groups:
         raise ValueError(f"{weight.shape[-2]} rows do not split into {row_groups} equal row groups")
-    weight = gradients.refused(weight, TypeError(_QUANTIZING_HAS_NO_GRADIENT))
+    weight = no_gradient.refused(weight, TypeError(_QUANTIZING_HAS_NO_GRADIENT))
 
     if amax is not None and (scheme.weight != "tensor" or weight.ndim != 2):
-        raise ValueError(f"quantize takes amax for a matrix with one scale, got it for {weight.shape} under {scheme}")
+        raise ValueError(
+            f"quantize takes amax for a matrix with one scale, got it for {weight.shape} under "
+            f"{scheme}"
+        )
     if scheme.weight == "block":
         qvalue, scale = _quantize_blocks(weight, row_groups)
     else:
@@ -202,15 +224,20 @@ def quantize(weight: jax.Array, scheme: str | Scheme, *, row_groups: int = 1, am
             amax = jnp.max(jnp.abs(weight), axis=axes, keepdims=True).astype(jnp.float32)
         else:
             amax = amax.reshape(1, 1)
-        scale = jnp.maximum(exact_division.divide(amax, jnp.float32(E4M3_MAX)), jnp.float32(_SMALLEST_NORMAL))
-        qvalue = _to_e4m3(_multiply_with_subnormals(weight, exact_division.divide(jnp.float32(1), scale)))
+        scale = jnp.maximum(
+            exact_division.divide(amax, jnp.float32(E4M3_MAX)), jnp.float32(_SMALLEST_NORMAL)
+        )
+        qvalue = _to_e4m3(
+            _multiply_with_subnormals(weight, exact_division.divide(jnp.float32(1), scale))
+        )
         scale = scale.reshape(scale_shape(weight.shape, scheme))
     return QArray(qvalue, scale, scheme, row_groups)
 
 
 def dequantize(q: QArray) -> jax.Array:
-    """The weight that the codes stand for: q · s, float32, of the shape of `q.qvalue`. Codes and scales have no gradient."""
-    q = gradients.constant_weight(q)
+    """The weight that the codes stand for: q · s, float32, of the shape of `q.qvalue`. Codes and
+    scales have no gradient."""
+    q = no_gradient.constant_weight(q)
     codes = q.qvalue.astype(jnp.float32)
     match q.scheme.weight:
         case "tensor":
@@ -240,11 +267,15 @@ def dequantize_rows(q: QArray, rows: np.ndarray) -> jax.Array:
             return codes * jnp.repeat(q.scale[..., block, :], BLOCK, axis=-1)[..., : q.shape[-1]]
 
 
-def expand_block_scale(scale: jax.Array, shape: tuple[int, ...], *, row_groups: int = 1) -> jax.Array:
+def expand_block_scale(
+    scale: jax.Array, shape: tuple[int, ...], *, row_groups: int = 1
+) -> jax.Array:
     """Scales of 128×128 blocks repeated to one per element, `[..., n, k]`."""
     *experts, n, k = shape
     rows = scale.reshape(*experts, row_groups, -1, scale.shape[-1])
-    rows = jnp.repeat(rows, BLOCK, axis=-2)[..., : n // row_groups, :].reshape(*experts, n, scale.shape[-1])
+    rows = jnp.repeat(rows, BLOCK, axis=-2)[..., : n // row_groups, :].reshape(
+        *experts, n, scale.shape[-1]
+    )
     return jnp.repeat(rows, BLOCK, axis=-1)[..., :k]
 
 
@@ -253,7 +284,10 @@ def _quantize_blocks(weight: jax.Array, row_groups: int) -> tuple[jax.Array, jax
     rows = n // row_groups
     row_blocks, column_blocks = -(-rows // BLOCK), -(-k // BLOCK)
     # Zeros around an edge block do not change its amax: its scale comes from its real elements.
-    margin = [(0, 0)] * (len(experts) + 1) + [(0, row_blocks * BLOCK - rows), (0, column_blocks * BLOCK - k)]
+    margin = [(0, 0)] * (len(experts) + 1) + [
+        (0, row_blocks * BLOCK - rows),
+        (0, column_blocks * BLOCK - k),
+    ]
     padded = jnp.pad(weight.reshape(*experts, row_groups, rows, k), margin)
     blocks = padded.reshape(*experts, row_groups, row_blocks, BLOCK, column_blocks, BLOCK)
     amax = jnp.max(jnp.abs(blocks), axis=(-3, -1)).astype(jnp.float32)
@@ -261,9 +295,12 @@ def _quantize_blocks(weight: jax.Array, row_groups: int) -> tuple[jax.Array, jax
     scale = exact_division.divide(amax, jnp.float32(E4M3_MAX))
     scale = scale.reshape(*experts, row_groups * row_blocks, column_blocks)
     reciprocal = exact_division.divide(jnp.float32(1), scale)
-    # With s ≥ 1e-4/448 a subnormal weight is far below half the smallest code: flushing it to zero gives the right
-    # code, 0.
-    qvalue = _to_e4m3(weight.astype(jnp.float32) * expand_block_scale(reciprocal, weight.shape, row_groups=row_groups))
+    # With s ≥ 1e-4/448 a subnormal weight is far below half the smallest code: flushing it to zero
+    # gives the right code, 0.
+    qvalue = _to_e4m3(
+        weight.astype(jnp.float32)
+        * expand_block_scale(reciprocal, weight.shape, row_groups=row_groups)
+    )
     return qvalue, scale
 
 
@@ -275,9 +312,10 @@ def _to_e4m3(x: jax.Array) -> jax.Array:
 def _multiply_with_subnormals(weight: jax.Array, reciprocal: jax.Array) -> jax.Array:
     """float32(weight) · reciprocal with subnormal weights taken at their value.
 
-    XLA flushes subnormal operands to zero, NumPy and torch do not. It matters only where a whole tensor is below 1e-31,
-    but "to the bit" has no exceptions. A subnormal is m · 2⁻¹⁴⁹ with an integer m; m · 2⁻²³ and reciprocal · 2⁻¹²⁶ are
-    both exact, so their product is rounded once, like the product it stands for.
+    XLA flushes subnormal operands to zero, NumPy and torch do not. It matters only where a whole
+    tensor is below 1e-31, but "to the bit" has no exceptions. A subnormal is m · 2⁻¹⁴⁹ with an
+    integer m; m · 2⁻²³ and reciprocal · 2⁻¹²⁶ are both exact, so their product is rounded once,
+    like the product it stands for.
     """
     wide = weight.astype(jnp.float32)
     if weight.dtype == jnp.float16:  # the smallest float16 subnormal, 2⁻²⁴, is a normal float32

@@ -7,10 +7,10 @@
     ignore                                     layers that stay as they are: full module names, or `re:` and a regex
     activation                                 "token" (default) or "tensor", for what is quantized by fp8_per_tensor
 
-An `ignore` regex is matched from the start of the name (`re.match`) and need not reach its end; everything else must be
-equal to the name. A fused layer (`qkv_proj`) that is not listed literally is looked up by its shards' names (`q_proj`,
-`k_proj`, `v_proj`), which have to agree. lm_head, embeddings, norms and routers are never quantized. Source: vLLM
-0.20.2, `should_ignore_layer`.
+An `ignore` regex is matched from the start of the name (`re.match`) and need not reach its end;
+everything else must be equal to the name. A fused layer (`qkv_proj`) that is not listed literally
+is looked up by its shards' names (`q_proj`, `k_proj`, `v_proj`), which have to agree. lm_head,
+embeddings, norms and routers are never quantized. Source: vLLM 0.20.2, `should_ignore_layer`.
 """
 
 import dataclasses
@@ -34,7 +34,10 @@ LayerKind = Literal["linear", "moe"]
 
 _ALIASES = {"linear": "linear_scheme_override", "moe": "moe_scheme_override"}
 _KEYS = ("global_scheme", "linear_scheme_override", "moe_scheme_override", "ignore", "activation")
-_FUSED_SHARDS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+_FUSED_SHARDS = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
 _NEVER_QUANTIZED = re.compile(
     r"(.*\.)?(lm_head|embed_tokens|norm|.*(layer)?norm|shared_expert_gate|router|router\.layer|(mlp|block_sparse_moe)\.gate)"
 )
@@ -54,7 +57,9 @@ class IgnoreEntry:
         try:
             return cls(text, re.compile(text[3:]))
         except re.error as error:
-            raise ValueError(f"quantization_config: ignore entry {text!r} is not a valid regex: {error}") from None
+            raise ValueError(
+                f"quantization_config: ignore entry {text!r} is not a valid regex: {error}"
+            ) from None
 
     def matches(self, name: str) -> bool:
         return name == self.text if self.pattern is None else self.pattern.match(name) is not None
@@ -75,27 +80,33 @@ class QuantizationConfig:
     ignore: tuple[IgnoreEntry, ...] = ()
 
     @classmethod
-    def parse(cls, scheme: str | None, mapping: Mapping[str, Any] | None = None) -> "QuantizationConfig":
+    def parse(
+        cls, scheme: str | None, mapping: Mapping[str, Any] | None = None
+    ) -> "QuantizationConfig":
         """Read what the user wrote.
 
         Args:
-            scheme: "fp8_per_tensor", "fp8_per_block", "online" (everything is in `mapping`) or None (no quantization).
+            scheme: "fp8_per_tensor", "fp8_per_block", "online" (everything is in `mapping`) or None
+                (no quantization).
             mapping: the keys of the table above.
         Raises:
-            ValueError: an unknown scheme or key (with the closest one), a conflict, a bad regex, a value of the wrong
-                type.
+            ValueError: an unknown scheme or key (with the closest one), a conflict, a bad regex, a
+                value of the wrong type.
         """
         keys = _normalise_keys(mapping)
         methods = (*SCHEMES, "online")
         if scheme is not None and scheme not in methods:
             if scheme in UNSUPPORTED_SCHEMES:
                 scheme_named(scheme)
-            raise ValueError(f"unknown quantization scheme {scheme!r}; it must be one of {', '.join(methods)}, or None")
+            raise ValueError(
+                f"unknown quantization scheme {scheme!r}; it must be one of {', '.join(methods)}, "
+                "or None"
+            )
         if scheme is None:
             if keys:
                 raise ValueError(
-                    f"quantization_config is only supported when the scheme is one of {', '.join(methods)}, got None "
-                    f"with the keys {', '.join(keys)}"
+                    "quantization_config is only supported when the scheme is one of "
+                    f"{', '.join(methods)}, got None with the keys {', '.join(keys)}"
                 )
             return cls()
 
@@ -103,11 +114,13 @@ class QuantizationConfig:
         if scheme != "online":
             if global_name not in (None, scheme):
                 raise ValueError(
-                    f"scheme={scheme!r} conflicts with quantization_config's global_scheme={global_name!r}: these must match "
-                    "when both are given"
+                    f"scheme={scheme!r} conflicts with quantization_config's "
+                    f"global_scheme={global_name!r}: these must match when both are given"
                 )
             global_name = scheme
-        names = {kind: keys.get(f"{kind}_scheme_override") or global_name for kind in ("linear", "moe")}
+        names = {
+            kind: keys.get(f"{kind}_scheme_override") or global_name for kind in ("linear", "moe")
+        }
         if not any(names.values()):
             raise ValueError(
                 'scheme "online" requires at least one of global_scheme, linear_scheme_override or '
@@ -119,17 +132,19 @@ class QuantizationConfig:
         ignore = tuple(IgnoreEntry.parse(text) for text in keys.get("ignore", ()))
         return cls(linear=schemes["linear"], moe=schemes["moe"], ignore=ignore)
 
-    def resolve(self, layer_name: str, kind: LayerKind = "linear", shards: Sequence[str] = ()) -> Scheme | None:
+    def resolve(
+        self, layer_name: str, kind: LayerKind = "linear", shards: Sequence[str] = ()
+    ) -> Scheme | None:
         """The scheme of one layer, None where it stays as it is.
 
         Args:
             layer_name: the module's name, "model.layers.0.mlp.down_proj"; no ".weight".
             kind: "linear", or "moe" for the routed experts of a layer, which are one unit.
-            shards: last components of the unfused names, ("q_proj", "k_proj", "v_proj"). Left out, those of qkv_proj
-                and gate_up_proj are known.
+            shards: last components of the unfused names, ("q_proj", "k_proj", "v_proj"). Left out,
+                those of qkv_proj and gate_up_proj are known.
         Raises:
-            ValueError: the shards of a fused layer disagree about being ignored; names the layer, each shard and the
-                entry that hit it.
+            ValueError: the shards of a fused layer disagree about being ignored; names the layer,
+                each shard and the entry that hit it.
         """
         if kind not in ("linear", "moe"):
             raise ValueError(f"kind is 'linear' or 'moe', got {kind!r}")
@@ -145,17 +160,26 @@ class QuantizationConfig:
 
         Args:
             layers: (name, kind, shards) of every layer that could have been quantized.
-            others: names of modules that are never quantized; an entry that names one is redundant, not wrong.
+            others: names of modules that are never quantized; an entry that names one is redundant,
+                not wrong.
         """
         layers = list(layers)
         names = [name for name, _, _ in layers]
         shard_names = {name: _shard_names(name, kind, shards) for name, kind, shards in layers}
-        known = list(dict.fromkeys([*names, *others, *(shard for shards in shard_names.values() for shard in shards)]))
+        known = list(
+            dict.fromkeys(
+                [*names, *others, *(shard for shards in shard_names.values() for shard in shards)]
+            )
+        )
         warnings = []
         for entry in self.ignore:
-            # A regex that matches only a fused name has no effect in the seed's rule, so the fused name does not count
-            # as a match.
-            hits = [n for n in known if entry.matches(n) and not (entry.pattern and shard_names.get(n, (n,)) != (n,))]
+            # A regex that matches only a fused name has no effect in the seed's rule, so the fused
+            # name does not count as a match.
+            hits = [
+                n
+                for n in known
+                if entry.matches(n) and not (entry.pattern and shard_names.get(n, (n,)) != (n,))
+            ]
             if not hits:
                 warnings.append(_no_match(entry, known, shard_names))
         return warnings
@@ -163,15 +187,19 @@ class QuantizationConfig:
     def _ignores(self, layer_name: str, shard_names: tuple[str, ...]) -> bool:
         if any(entry.text == layer_name for entry in self.ignore):
             return True
-        hits = {shard: next((e.text for e in self.ignore if e.matches(shard)), None) for shard in shard_names}
+        hits = {
+            shard: next((e.text for e in self.ignore if e.matches(shard)), None)
+            for shard in shard_names
+        }
         ignored = [shard for shard, entry in hits.items() if entry is not None]
         if ignored and len(ignored) < len(hits):
             told = "; ".join(
-                f"{shard}: {f'ignored by {entry!r}' if entry else 'not ignored'}" for shard, entry in hits.items()
+                f"{shard}: {f'ignored by {entry!r}' if entry else 'not ignored'}"
+                for shard, entry in hits.items()
             )
             raise ValueError(
-                f"quantization_config: the shards of the fused layer {layer_name} disagree: {told}. They are one matrix: ignore "
-                "all of them or none"
+                f"quantization_config: the shards of the fused layer {layer_name} disagree: "
+                f"{told}. They are one matrix: ignore all of them or none"
             )
         return bool(ignored)
 
@@ -182,28 +210,30 @@ def _normalise_keys(mapping: Mapping[str, Any] | None) -> dict[str, Any]:
         return {}
     if not isinstance(mapping, Mapping):
         raise ValueError(
-            f"quantization_config is a mapping with the keys {', '.join(_KEYS)}, got {type(mapping).__name__}"
+            f"quantization_config is a mapping with the keys {', '.join(_KEYS)}, got "
+            f"{type(mapping).__name__}"
         )
     keys: dict[str, Any] = {}
     spelled: dict[str, str] = {}
     for written, value in mapping.items():
         if written == "targets":
             raise ValueError(
-                "quantization_config: 'targets' exists in newer vLLM but is not supported by fp8jax yet; use "
-                "linear_scheme_override, moe_scheme_override and ignore"
+                "quantization_config: 'targets' exists in newer vLLM but is not supported by "
+                "fp8jax yet; use linear_scheme_override, moe_scheme_override and ignore"
             )
         key = _ALIASES.get(written, written)
         if key not in _KEYS:
             close = difflib.get_close_matches(str(written), [*_KEYS, *_ALIASES], n=1, cutoff=0.0)
             raise ValueError(
-                f"quantization_config: unknown key {written!r}; did you mean {close[0]!r}? Known: {', '.join([*_KEYS, *_ALIASES])}"
+                f"quantization_config: unknown key {written!r}; did you mean {close[0]!r}? Known: "
+                f"{', '.join([*_KEYS, *_ALIASES])}"
             )
         if value is None:
             continue
         if key in keys and keys[key] != value:
             raise ValueError(
-                f"quantization_config: {spelled[key]!r} and {written!r} are the same setting and differ: "
-                f"{keys[key]!r} and {value!r}"
+                f"quantization_config: {spelled[key]!r} and {written!r} are the same setting and "
+                f"differ: {keys[key]!r} and {value!r}"
             )
         keys[key], spelled[key] = value, written
 
@@ -214,22 +244,34 @@ def _normalise_keys(mapping: Mapping[str, Any] | None) -> dict[str, Any]:
             except ValueError as error:
                 raise ValueError(f"quantization_config: {spelled[key]}: {error}") from None
     ignore = keys.get("ignore", [])
-    if isinstance(ignore, str) or not isinstance(ignore, Sequence) or not all(isinstance(e, str) for e in ignore):
+    if (
+        isinstance(ignore, str)
+        or not isinstance(ignore, Sequence)
+        or not all(isinstance(e, str) for e in ignore)
+    ):
         raise ValueError(f"quantization_config: 'ignore' is a list of strings, got {ignore!r}")
     if keys.get("activation", "token") not in ("token", "tensor"):
-        raise ValueError(f"quantization_config: 'activation' is 'token' or 'tensor', got {keys['activation']!r}")
+        raise ValueError(
+            f"quantization_config: 'activation' is 'token' or 'tensor', got {keys['activation']!r}"
+        )
     return keys
 
 
-def _with_activation(schemes: dict[str, Scheme | None], activation: str) -> dict[str, Scheme | None]:
+def _with_activation(
+    schemes: dict[str, Scheme | None], activation: str
+) -> dict[str, Scheme | None]:
     if FP8_PER_TENSOR not in schemes.values():
-        effective = ", ".join(f"{kind}: {scheme.name if scheme else None}" for kind, scheme in schemes.items())
+        effective = ", ".join(
+            f"{kind}: {scheme.name if scheme else None}" for kind, scheme in schemes.items()
+        )
         raise ValueError(
-            f"quantization_config: 'activation' chooses the activation recipe of fp8_per_tensor, but no layer has that scheme "
-            f"({effective})"
+            "quantization_config: 'activation' chooses the activation recipe of fp8_per_tensor, "
+            f"but no layer has that scheme ({effective})"
         )
     chosen = FP8_PER_TENSOR_WHOLE_BATCH if activation == "tensor" else FP8_PER_TENSOR
-    return {kind: chosen if scheme == FP8_PER_TENSOR else scheme for kind, scheme in schemes.items()}
+    return {
+        kind: chosen if scheme == FP8_PER_TENSOR else scheme for kind, scheme in schemes.items()
+    }
 
 
 def _shard_names(layer_name: str, kind: LayerKind, shards: Sequence[str]) -> tuple[str, ...]:

@@ -1,10 +1,12 @@
-"""The fields of config.json that no family computes with: those that change nothing, each with its reason, and those that
-change nothing at certain values.
+"""The fields of config.json that no family computes with: those that change nothing, each with its
+reason, and those that change nothing at certain values.
 
-A field belongs here if neither the config class nor the modeling code of transformers lets it touch the logits of a forward
-pass, or if it does so only in families that fp8jax has not. What belongs to one family stands in the family's file.
+A field belongs here if neither the config class nor the modeling code of transformers lets it touch
+the logits of a forward pass, or if it does so only in families that fp8jax has not. What belongs to
+one family stands in the family's file.
 
-Source: transformers 5.23, configuration_utils, modeling_rope_utils, masking_utils, cache_utils and the families' own code.
+Source: transformers 5.23, configuration_utils, modeling_rope_utils, masking_utils, cache_utils and
+the families' own code.
 """
 
 from dataclasses import dataclass
@@ -29,7 +31,9 @@ class Neutral:
         """Whether the field changes nothing at this value."""
         if value is None:
             return self.null
-        return any(isinstance(value, bool) == isinstance(one, bool) and value == one for one in self.values)
+        return any(
+            isinstance(value, bool) == isinstance(one, bool) and value == one for one in self.values
+        )
 
 
 _HARMLESS_BY_REASON = {
@@ -66,11 +70,14 @@ _HARMLESS_BY_REASON = {
         assistant_lookbehind target_lookbehind num_beam_groups diversity_penalty""",
 }
 
-HARMLESS: dict[str, str] = {name: reason for reason, names in _HARMLESS_BY_REASON.items() for name in names.split()}
+HARMLESS: dict[str, str] = {
+    name: reason for reason, names in _HARMLESS_BY_REASON.items() for name in names.split()
+}
 """Fields that change nothing in any family, with the reason."""
 
 NEUTRAL: dict[str, Neutral] = {
-    # Switches and numbers of other families; a family that computes with one of them takes it, and this entry sleeps.
+    # Switches and numbers of other families; a family that computes with one of them takes it, and
+    # this entry sleeps.
     "attention_bias": Neutral((False,)),
     "mlp_bias": Neutral((False,)),
     "qkv_bias": Neutral((False,)),
@@ -81,7 +88,9 @@ NEUTRAL: dict[str, Neutral] = {
     "position_embedding_type": Neutral(("rope",)),
     "norm_type": Neutral(("rmsnorm",)),
     "hidden_activation": Neutral(("silu",)),
-    "activation": Neutral(("swiglu", "silu")),  # Falcon 3 says what its gated MLP is called elsewhere
+    "activation": Neutral(
+        ("swiglu", "silu")
+    ),  # Falcon 3 says what its gated MLP is called elsewhere
     "alibi": Neutral((False,)),
     "sliding_window": Neutral(),
     "use_sliding_window": Neutral((False,)),
@@ -104,19 +113,35 @@ NEUTRAL: dict[str, Neutral] = {
     # What transformers does with any model.
     "is_causal": Neutral(
         (True,),
-        "lets tokens see those after them, as models for embeddings do; fp8jax computes causal attention only",
+        "lets tokens see those after them, as models for embeddings do; fp8jax computes causal "
+        "attention only",
         null=False,  # transformers takes null for false here
     ),
     "kv_sharing_modes": Neutral((), "lets layers share keys and values, which is not implemented"),
-    "per_layer_config": Neutral(({},), "gives single layers numbers of their own, which is not implemented"),
-    "transformers_weights": Neutral(
-        (), "names another file of weights than model.safetensors; put those weights there, and remove the field"
+    "per_layer_config": Neutral(
+        ({},), "gives single layers numbers of their own, which is not implemented"
     ),
-    "configuration_files": Neutral(([],), "points to another configuration file; rename that one to config.json"),
-    "is_encoder_decoder": Neutral((False,), "is for models with an encoder; fp8jax runs decoders only"),
-    "add_cross_attention": Neutral((False,), "is for models with an encoder; fp8jax runs decoders only"),
-    "cross_attention_hidden_size": Neutral((), "is for models with an encoder; fp8jax runs decoders only"),
-    "tie_encoder_decoder": Neutral((False,), "is for models with an encoder; fp8jax runs decoders only"),
+    "transformers_weights": Neutral(
+        (),
+        "names another file of weights than model.safetensors; put those weights there, and "
+        "remove the field",
+    ),
+    "configuration_files": Neutral(
+        ([],), "points to another configuration file; rename that one to config.json"
+    ),
+    "is_encoder_decoder": Neutral(
+        (False,), "is for models with an encoder; fp8jax runs decoders only"
+    ),
+    "add_cross_attention": Neutral(
+        (False,), "is for models with an encoder; fp8jax runs decoders only"
+    ),
+    "cross_attention_hidden_size": Neutral(
+        (), "is for models with an encoder; fp8jax runs decoders only"
+    ),
+    "tie_encoder_decoder": Neutral(
+        (False,), "is for models with an encoder; fp8jax runs decoders only"
+    ),
     "pruned_heads": Neutral(({},), "takes heads out of layers, which is not implemented"),
 }
-"""Fields that change nothing at the values given. Families add to them, or take the field itself."""
+"""Fields that change nothing at the values given. Families add to them, or take the field
+itself."""

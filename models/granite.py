@@ -29,17 +29,22 @@ DEFAULTS: dict[str, Any] = {
 }
 """What dense Granite and GraniteMoE share where the file is silent."""
 _LARGEST_MULTIPLIER = 1e15
-FAMILY = Family(architecture="GraniteForCausalLM", model_type="granite", defaults=DEFAULTS | {"mlp_bias": False})
+FAMILY = Family(
+    architecture="GraniteForCausalLM", model_type="granite", defaults=DEFAULTS | {"mlp_bias": False}
+)
 
 
 def decoder_config(config: HFConfig, *, dtype: str) -> DecoderConfig:
     """The decoder that a Granite config.json describes.
 
     Raises:
-        ValueError: a field has a wrong type or value, or asks for something that is not implemented.
+        ValueError: a field has a wrong type or value, or asks for something that is not
+            implemented.
     Source: transformers 5, models/granite.
     """
-    return read_shape(config, dtype=dtype, mlp_bias=config.yes_or_no("mlp_bias"), **granite_fields(config))
+    return read_shape(
+        config, dtype=dtype, mlp_bias=config.yes_or_no("mlp_bias"), **granite_fields(config)
+    )
 
 
 def granite_fields(config: HFConfig) -> dict[str, Any]:
@@ -47,10 +52,14 @@ def granite_fields(config: HFConfig) -> dict[str, Any]:
     bias, divisor = config.yes_or_no("attention_bias"), config.number("logits_scaling")
     if divisor == 0:
         raise config.fault("logits_scaling", "expected the number that logits are divided by")
-    multipliers = {key: config.number(key) for key in ("embedding_multiplier", "residual_multiplier")}
+    multipliers = {
+        key: config.number(key) for key in ("embedding_multiplier", "residual_multiplier")
+    }
     for key, multiplier in multipliers.items():
         if abs(multiplier) > _LARGEST_MULTIPLIER:
-            raise config.fault(key, "expected a number whose square leaves RMSNorm a mean within float32")
+            raise config.fault(
+                key, "expected a number whose square leaves RMSNorm a mean within float32"
+            )
     return {
         "qkv_bias": bias,
         "o_bias": bias,

@@ -1,14 +1,15 @@
 """GraniteMoE: Granite's multipliers, experts in every layer, stacked on disk.
 
-The router takes the softmax over the chosen logits only, so the weights add up to one by themselves.
+The router takes the softmax over the chosen logits only, so the weights add up to one by
+themselves.
 """
 
 from fp8jax.models.decoder import DecoderConfig
 from fp8jax.models.expert_names import HARMLESS, NEUTRAL, read_moe
 from fp8jax.models.granite import DEFAULTS, granite_fields
 from fp8jax.models.hf_config import Family, HFConfig
+from fp8jax.models.moe import ExpertNames
 from fp8jax.models.shape import read_shape
-from fp8jax.moe import ExpertNames
 
 FAMILY = Family(
     architecture="GraniteMoeForCausalLM",
@@ -31,7 +32,10 @@ NAMES = (
     ),
     ExpertNames(
         router="block_sparse_moe.router.layer.weight",
-        gate_up=("block_sparse_moe.experts.{e}.gate_proj.weight", "block_sparse_moe.experts.{e}.up_proj.weight"),
+        gate_up=(
+            "block_sparse_moe.experts.{e}.gate_proj.weight",
+            "block_sparse_moe.experts.{e}.up_proj.weight",
+        ),
         down="block_sparse_moe.experts.{e}.down_proj.weight",
     ),
 )
@@ -41,7 +45,8 @@ def decoder_config(config: HFConfig, *, dtype: str) -> DecoderConfig:
     """The decoder that a GraniteMoE config.json describes.
 
     Raises:
-        ValueError: a field has a wrong type or value, or asks for something that is not implemented.
+        ValueError: a field has a wrong type or value, or asks for something that is not
+            implemented.
     Source: transformers 5, models/granitemoe.
     """
     moe = read_moe(

@@ -1,16 +1,17 @@
 """Reading config.json strictly: every field is computed with, known to change nothing, or an error.
 
-A field that nobody reads is how a model comes out as gibberish. A family takes what it computes with, each field once,
-with the default of its transformers class where the file is silent; `reject_unread` then judges what is left:
+A field that nobody reads is how a model comes out as gibberish. A family takes what it computes
+with, each field once, with the default of its transformers class where the file is silent;
+`reject_unread` then judges what is left:
 
     null                         nothing was said, but for the fields of `Neutral` whose null says something
     a field of `harmless`        passes, whatever its value; the table says why
     a field of `neutral`         passes at the values listed, and is refused by name at all others
     anything else                an error, words, zeros and false switches included
 
-The errors of the last two kinds come out together, with the names that are spelled alike. A value of a wrong type, one
-beyond float32, or a size that no model has is a ValueError that names the field; nothing is built in proportion to a
-number of the file.
+The errors of the last two kinds come out together, with the names that are spelled alike. A value
+of a wrong type, one beyond float32, or a size that no model has is a ValueError that names the
+field; nothing is built in proportion to a number of the file.
 
 Source of what each field does: the config and modeling code of transformers 5.23, family by family.
 """
@@ -38,7 +39,8 @@ class Family:
     Args:
         architecture: as `architectures` names it.
         model_type: the same in the other field.
-        defaults: what each field is where the file is silent, as in the family's transformers class.
+        defaults: what each field is where the file is silent, as in the family's transformers
+            class.
         harmless: fields that this family may carry and that change nothing, with the reason.
         neutral: fields that change nothing at the values given, and are refused at others.
     """
@@ -61,7 +63,12 @@ class Fields:
     """
 
     def __init__(
-        self, raw: Mapping[str, Any], where: str, *, defaults: Mapping[str, Any] | None = None, prefix: str = ""
+        self,
+        raw: Mapping[str, Any],
+        where: str,
+        *,
+        defaults: Mapping[str, Any] | None = None,
+        prefix: str = "",
     ):
         self.raw = dict(raw)
         self.where = where
@@ -108,13 +115,15 @@ class Fields:
         value = self.take(key, kind=(int, float), null=null)
         if value is None:
             return None
-        # Compared before it is converted: an integer may be too large for any float. NaN fails the comparison.
+        # Compared before it is converted: an integer may be too large for any float. NaN fails the
+        # comparison.
         if not -_LARGEST_NUMBER <= value <= _LARGEST_NUMBER:
             raise self.fault(key, "expected a finite number within float32")
         return float(value)
 
     def flag(self, key: str) -> bool:
-        """A field that is true or false; false where neither the file nor the family says anything."""
+        """A field that is true or false; false where neither the file nor the family says
+        anything."""
         return bool(self.take(key, kind=bool))
 
     def yes_or_no(self, key: str) -> Literal["yes", "no"]:
@@ -134,7 +143,9 @@ class Fields:
 
     def fault(self, key: str, expected: str) -> ValueError:
         """The error about a field's value."""
-        return ValueError(f"{self.where}: {self.name(key)} {shown(self.raw.get(key))} is wrong: {expected}")
+        return ValueError(
+            f"{self.where}: {self.name(key)} {shown(self.raw.get(key))} is wrong: {expected}"
+        )
 
     def name(self, key: str) -> str:
         """The field as an error calls it."""
@@ -184,7 +195,9 @@ class HFConfig(Fields):
             return
         if len(unknown) > _MOST_FAULTS:
             faults.append(f"and {len(unknown) - _MOST_FAULTS} more that are not known")
-        advice = ". If the model's result does not depend on what is unknown, remove it from config.json"
+        advice = (
+            ". If the model's result does not depend on what is unknown, remove it from config.json"
+        )
         raise ValueError(f"{self.where}: " + "; ".join(faults) + (advice if unknown else ""))
 
     def _unknown(self, key: str, known: list[str]) -> str:
@@ -197,7 +210,10 @@ def shown(value: Any) -> str:
     """A value of the file for an error, shortened."""
     try:
         text = repr(value)
-    except (ValueError, RecursionError):  # an integer of more digits than Python prints, lists nested without end
+    except (
+        ValueError,
+        RecursionError,
+    ):  # an integer of more digits than Python prints, lists nested without end
         return "(too long to print)"
     return text if len(text) <= 120 else f"{text[:100]}… ({len(text)} characters)"
 

@@ -29,8 +29,11 @@ def decoder_config(config: HFConfig, *, dtype: str) -> DecoderConfig:
     """The decoder that a Llama config.json describes.
 
     Raises:
-        ValueError: a field has a wrong type or value, or asks for something that is not implemented.
+        ValueError: a field has a wrong type or value, or asks for something that is not
+            implemented.
     Source: transformers 5, models/llama.
     """
     bias = config.yes_or_no("attention_bias")
-    return read_shape(config, dtype=dtype, qkv_bias=bias, o_bias=bias, mlp_bias=config.yes_or_no("mlp_bias"))
+    return read_shape(
+        config, dtype=dtype, qkv_bias=bias, o_bias=bias, mlp_bias=config.yes_or_no("mlp_bias")
+    )

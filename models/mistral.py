@@ -1,4 +1,5 @@
-"""Mistral: Llama with grouped queries by default and, in the first version, a sliding window on all layers."""
+"""Mistral: Llama with grouped queries by default and, in the first version, a sliding window on all
+layers."""
 
 from fp8jax.models.decoder import DecoderConfig
 from fp8jax.models.hf_config import Family, HFConfig
@@ -28,7 +29,8 @@ def decoder_config(config: HFConfig, *, dtype: str) -> DecoderConfig:
     """The decoder that a Mistral config.json describes.
 
     Raises:
-        ValueError: a field has a wrong type or value, or asks for something that is not implemented.
+        ValueError: a field has a wrong type or value, or asks for something that is not
+            implemented.
     Source: transformers 5, models/mistral.
     """
     return read_shape(config, dtype=dtype, windows=windows_of_all(config, read_window(config)))

@@ -1,13 +1,14 @@
 """Mixtral: Mistral with experts in every layer, called w1 (gate), w3 (up) and w2 (down) on disk.
 
-The router takes the softmax over all experts and always divides the chosen probabilities by their sum.
+The router takes the softmax over all experts and always divides the chosen probabilities by their
+sum.
 """
 
 from fp8jax.models.decoder import DecoderConfig
 from fp8jax.models.expert_names import HARMLESS, NEUTRAL, STACKED, read_moe
 from fp8jax.models.hf_config import Family, HFConfig
+from fp8jax.models.moe import ExpertNames
 from fp8jax.models.shape import read_shape, read_window, windows_of_all
-from fp8jax.moe import ExpertNames
 
 FAMILY = Family(
     architecture="MixtralForCausalLM",
@@ -34,7 +35,10 @@ FAMILY = Family(
 NAMES = (
     ExpertNames(
         router="block_sparse_moe.gate.weight",
-        gate_up=("block_sparse_moe.experts.{e}.w1.weight", "block_sparse_moe.experts.{e}.w3.weight"),
+        gate_up=(
+            "block_sparse_moe.experts.{e}.w1.weight",
+            "block_sparse_moe.experts.{e}.w3.weight",
+        ),
         down="block_sparse_moe.experts.{e}.w2.weight",
     ),
     STACKED,
@@ -45,7 +49,8 @@ def decoder_config(config: HFConfig, *, dtype: str) -> DecoderConfig:
     """The decoder that a Mixtral config.json describes.
 
     Raises:
-        ValueError: a field has a wrong type or value, or asks for something that is not implemented.
+        ValueError: a field has a wrong type or value, or asks for something that is not
+            implemented.
     Source: transformers 5, models/mixtral.
     """
     moe = read_moe(
@@ -56,4 +61,6 @@ def decoder_config(config: HFConfig, *, dtype: str) -> DecoderConfig:
         weight_dtype="float32",
         names=NAMES,
     )
-    return read_shape(config, dtype=dtype, windows=windows_of_all(config, read_window(config)), moe=moe)
+    return read_shape(
+        config, dtype=dtype, windows=windows_of_all(config, read_window(config)), moe=moe
+    )

@@ -1,6 +1,8 @@
-"""OLMoE: RMSNorm over the whole q and k projection, then clipping of q, k and v; experts in every layer.
+"""OLMoE: RMSNorm over the whole q and k projection, then clipping of q, k and v; experts in every
+layer.
 
-The router takes the softmax over all experts; the chosen probabilities stay as they are unless `norm_topk_prob` is set.
+The router takes the softmax over all experts; the chosen probabilities stay as they are unless
+`norm_topk_prob` is set.
 """
 
 from fp8jax.models.decoder import DecoderConfig
@@ -36,7 +38,8 @@ def decoder_config(config: HFConfig, *, dtype: str) -> DecoderConfig:
     """The decoder that an OLMoE config.json describes.
 
     Raises:
-        ValueError: a field has a wrong type or value, or asks for something that is not implemented.
+        ValueError: a field has a wrong type or value, or asks for something that is not
+            implemented.
     Source: transformers 5, models/olmoe.
     """
     moe = read_moe(
@@ -49,7 +52,9 @@ def decoder_config(config: HFConfig, *, dtype: str) -> DecoderConfig:
     )
     bias, clip = config.yes_or_no("attention_bias"), config.number("clip_qkv")
     if clip is not None and clip < 0:
-        raise config.fault("clip_qkv", "expected the largest absolute value that q, k and v may have, or null")
+        raise config.fault(
+            "clip_qkv", "expected the largest absolute value that q, k and v may have, or null"
+        )
     return read_shape(
         config,
         dtype=dtype,

@@ -1,7 +1,7 @@
 """Qwen2 and Qwen2.5: Llama with biases on q, k and v, and none on o.
 
-With `use_sliding_window`, the layers from `max_window_layers` on slide; without it, and published files are without it,
-`sliding_window` and `max_window_layers` mean nothing.
+With `use_sliding_window`, the layers from `max_window_layers` on slide; without it, and published
+files are without it, `sliding_window` and `max_window_layers` mean nothing.
 """
 
 from typing import Any
@@ -34,13 +34,17 @@ def decoder_config(config: HFConfig, *, dtype: str) -> DecoderConfig:
     """The decoder that a Qwen2 config.json describes.
 
     Raises:
-        ValueError: a field has a wrong type or value, or asks for something that is not implemented.
+        ValueError: a field has a wrong type or value, or asks for something that is not
+            implemented.
     Source: transformers 5, models/qwen2.
     """
     return read_shape(config, dtype=dtype, qkv_bias="yes", windows=qwen_windows(config))
 
 
 def qwen_windows(config: HFConfig) -> tuple[int | None, ...]:
-    """Windows of Qwen2 and Qwen3: only with `use_sliding_window`, from layer `max_window_layers` on."""
+    """Windows of Qwen2 and Qwen3: only with `use_sliding_window`, from layer `max_window_layers`
+    on."""
     first_layer = config.take("max_window_layers", kind=int)
-    return windows_by_layer(config, read_window(config, switch="use_sliding_window"), first_layer=first_layer)
+    return windows_by_layer(
+        config, read_window(config, switch="use_sliding_window"), first_layer=first_layer
+    )

@@ -1,7 +1,9 @@
-"""Qwen3-MoE: Qwen3 with experts in most layers; the others have an ordinary MLP of `intermediate_size`.
+"""Qwen3-MoE: Qwen3 with experts in most layers; the others have an ordinary MLP of
+`intermediate_size`.
 
-Layer i has experts unless it is among `mlp_only_layers` or i + 1 is no multiple of `decoder_sparse_step`. The router takes
-the softmax over all experts and divides the chosen probabilities by their sum if `norm_topk_prob` says so.
+Layer i has experts unless it is among `mlp_only_layers` or i + 1 is no multiple of
+`decoder_sparse_step`. The router takes the softmax over all experts and divides the chosen
+probabilities by their sum if `norm_topk_prob` says so.
 """
 
 from fp8jax.models.decoder import DecoderConfig
@@ -34,7 +36,10 @@ FAMILY = Family(
         "num_experts": 128,
         "norm_topk_prob": False,
     },
-    harmless=HARMLESS | {"max_window_layers": "is left over from the dense family; here a window is one of all layers"},
+    harmless=HARMLESS
+    | {
+        "max_window_layers": "is left over from the dense family; here a window is one of all layers"
+    },
     neutral=NEUTRAL | NEUTRAL_IN_QWEN3,
 )
 
@@ -43,7 +48,8 @@ def decoder_config(config: HFConfig, *, dtype: str) -> DecoderConfig:
     """The decoder that a Qwen3-MoE config.json describes.
 
     Raises:
-        ValueError: a field has a wrong type or value, or asks for something that is not implemented.
+        ValueError: a field has a wrong type or value, or asks for something that is not
+            implemented.
     Source: transformers 5, models/qwen3_moe.
     """
     moe = read_moe(
@@ -71,6 +77,12 @@ def _dense_layers(config: HFConfig) -> tuple[int, ...]:
     """The layers with an ordinary MLP, in order."""
     step, layers = config.size("decoder_sparse_step"), num_layers(config)
     only = config.take("mlp_only_layers", kind=list) or []
-    if not all(isinstance(layer, int) and not isinstance(layer, bool) and 0 <= layer < layers for layer in only):
-        raise ValueError(f"{config.where}: mlp_only_layers names a layer outside the {layers} there are: {shown(only)}")
+    if not all(
+        isinstance(layer, int) and not isinstance(layer, bool) and 0 <= layer < layers
+        for layer in only
+    ):
+        raise ValueError(
+            f"{config.where}: mlp_only_layers names a layer outside the {layers} there are: "
+            f"{shown(only)}"
+        )
     return tuple(layer for layer in range(layers) if (layer + 1) % step or layer in set(only))

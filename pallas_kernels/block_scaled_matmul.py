@@ -1,15 +1,17 @@
 """FP8 product with 1×128 activation groups and 128×128 weight blocks.
 
-    out[m, n] = Σ_g ( Σ_{k in g} x[m, k] · w[n, k] ) · x_scale[m, g] · w_scale[n / 128, g] + bias[n]
+    out[m, n] = Σ_g ( Σ_{k in g} x[m, k] Â· w[n, k] ) Â· x_scale[m, g] Â· w_scale[n / 128, g] + bias[n]
 
-g counts groups of 128 along k; the last one may be shorter. Each group's partial sum is scaled and added in float32,
-which also keeps the short accumulator of Hopper's FP8 tensor cores from losing bits over a long k. Source:
-DeepSeek-V3's recipe, as in vLLM's `w8a8_block_fp8_matmul`; the bias is added before the cast.
+g counts groups of 128 along k; the last one may be shorter. Each group's partial sum is scaled and
+added in float32, which also keeps the short accumulator of Hopper's FP8 tensor cores from losing
+bits over a long k. Source: DeepSeek-V3's recipe, as in vLLM's `w8a8_block_fp8_matmul`; the bias is
+added before the cast.
 
-In the kernel a step along k is a group: its product starts from zero, and one multiply-add an output applies x_scale
-· w_scale (held in range by a power of two, `matmul_tiles.group_scale`). The scales of the next step are loaded one step
-ahead, because only operands of a dot are fetched asynchronously. Where k is no multiple of 16, see `scaled_matmul`;
-padding codes with zeros to a multiple of 16 leaves the scales as they are.
+In the kernel a step along k is a group: its product starts from zero, and one multiply-add an
+output applies x_scale Â· w_scale (held in range by a power of two, `matmul_tiles.group_scale`). The
+scales of the next step are loaded one step ahead, because only operands of a dot are fetched
+asynchronously. Where k is no multiple of 16, see `scaled_matmul`; padding codes with zeros to a
+multiple of 16 leaves the scales as they are.
 """
 
 import functools
@@ -20,10 +22,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from fp8jax.pallas_kernels import matmul_config, matmul_tiles, widened_dot
-from fp8jax.pallas_kernels.fp8_dot import fp8_dot
+from fp8jax.pallas_kernels.formats import BLOCK
 from fp8jax.pallas_kernels.matmul_config import Config
+from fp8jax.pallas_kernels.primitives import fp8_dot
 from fp8jax.pallas_kernels.quantize import ScaleLayout
-from fp8jax.schemes import BLOCK
 
 _STATIC = ("out_dtype", "x_scale_layout", "config", "interpret")
 
@@ -37,7 +39,8 @@ def block_scaled_matmul_reference(
     bias: jax.Array | None = None,
     out_dtype: jax.typing.DTypeLike = jnp.bfloat16,
 ) -> jax.Array:
-    """The specification, in float32: since scales are constant within a group, scaling the operands first gives the same sum.
+    """The specification, in float32: since scales are constant within a group, scaling the operands
+    first gives the same sum.
 
     Args:
         x: float8_e4m3fn `[m, k]`.
@@ -59,7 +62,9 @@ def block_scaled_matmul_reference(
         wide,
         w,
         cpu=lambda x, w: widened_dot.widened_dot(x, w, scaled),
-        default=lambda x, w: widened_dot.dot(x, scaled(w.astype(jnp.float32), jnp.arange(w.shape[0], dtype=jnp.int32))),
+        default=lambda x, w: widened_dot.dot(
+            x, scaled(w.astype(jnp.float32), jnp.arange(w.shape[0], dtype=jnp.int32))
+        ),
     )
     if bias is not None:
         out = out + bias.astype(jnp.float32)[None, :]
@@ -91,7 +96,7 @@ def block_scaled_matmul_triton(
     Returns:
         `[m, n]`.
     Raises:
-        NotImplementedError: `supported` says why.
+        NotImplementedError: `why_not` says why.
         ValueError: shapes, dtypes or a config that do not fit.
     """
     partials = _run(x, x_scale, w, w_scale, bias, out_dtype, x_scale_layout, config, interpret)
@@ -110,10 +115,12 @@ def block_scaled_matmul_partials(
     config: Config | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """The partial sums of the splits, scaled and with the bias, for a next kernel that adds them up itself.
+    """The partial sums of the splits, scaled and with the bias, for a next kernel that adds them up
+    itself.
 
     Args:
-        x, x_scale, w, w_scale, bias, x_scale_layout, config, interpret: as for `block_scaled_matmul_triton`.
+        x, x_scale, w, w_scale, bias, x_scale_layout, config, interpret: as for
+        `block_scaled_matmul_triton`.
     Returns:
         float32 `[splits, m, n]`; splits is 1 where k is not split.
     Raises:
@@ -122,14 +129,14 @@ def block_scaled_matmul_partials(
     return _run(x, x_scale, w, w_scale, bias, jnp.float32, x_scale_layout, config, interpret)
 
 
-def supported(device_kind: str, m: int, n: int, k: int) -> str | None:
+def why_not(device_kind: str, m: int, n: int, k: int) -> str | None:
     """Why the kernel does not run there, or None.
 
     Args:
         device_kind: of the JAX device.
         m, n, k: rows, outputs, inputs.
     """
-    return matmul_config.unsupported(device_kind, m, n, k)
+    return matmul_config.why_not(device_kind, m, n, k)
 
 
 def default_config(device_kind: str, m: int, n: int, k: int) -> Config:
@@ -137,7 +144,17 @@ def default_config(device_kind: str, m: int, n: int, k: int) -> Config:
     return matmul_config.default_block_scaled_config(device_kind, m, n, k)
 
 
-def _run(x, x_scale, w, w_scale, bias, out_dtype, x_scale_layout: ScaleLayout, config: Config | None, interpret: bool):
+def _run(
+    x,
+    x_scale,
+    w,
+    w_scale,
+    bias,
+    out_dtype,
+    x_scale_layout: ScaleLayout,
+    config: Config | None,
+    interpret: bool,
+):
     matmul_tiles.check_operands("block_scaled_matmul", x, w, bias, out_dtype)
     (m, k), n = x.shape, w.shape[0]
     groups = -(-k // BLOCK)
@@ -145,16 +162,20 @@ def _run(x, x_scale, w, w_scale, bias, out_dtype, x_scale_layout: ScaleLayout, c
     w_shape = (-(-n // BLOCK), groups)
     if x_scale.shape != x_shape or w_scale.shape != w_shape:
         raise ValueError(
-            f"block_scaled_matmul: x_scale is {x_scale.shape} and w_scale is {w_scale.shape}; wanted {x_shape} "
-            f"(layout {x_scale_layout!r}) for x {x.shape}, and {w_shape} for w {w.shape}"
+            f"block_scaled_matmul: x_scale is {x_scale.shape} and w_scale is {w_scale.shape}; "
+            f"wanted {x_shape} (layout {x_scale_layout!r}) for x {x.shape}, and {w_shape} for w "
+            f"{w.shape}"
         )
     if m == 0:
         return jnp.zeros((1, 0, n), out_dtype)
-    config = matmul_tiles.checked_config("block_scaled_matmul", m, n, k, config, default_config, interpret)
+    config = matmul_tiles.checked_config(
+        "block_scaled_matmul", m, n, k, config, default_config, interpret
+    )
     if config.block_k != BLOCK or config.block_n > BLOCK or config.promotion != "none":
         raise ValueError(
-            f"block_scaled_matmul: block_k must be {BLOCK}, the group of the scales, block_n at most {BLOCK}, and promotion "
-            f"'none', since every group is promoted anyway; got {config}"
+            f"block_scaled_matmul: block_k must be {BLOCK}, the group of the scales, block_n at "
+            f"most {BLOCK}, and promotion 'none', since every group is promoted anyway; got "
+            f"{config}"
         )
     problem = matmul_tiles.Problem(m, n, k, config)
     operands = [x, x_scale, w, w_scale] + ([] if bias is None else [bias])
@@ -186,7 +207,9 @@ def kernel_of(problem: matmul_tiles.Problem, x_scale_layout: ScaleLayout) -> Cal
 
         def scales(group):
             column = jnp.broadcast_to(group, rows.shape)
-            of_x = x_scale_ref[rows, column] if x_scale_layout == "mg" else x_scale_ref[column, rows]
+            of_x = (
+                x_scale_ref[rows, column] if x_scale_layout == "mg" else x_scale_ref[column, rows]
+            )
             return matmul_tiles.group_scale(of_x, w_scale_ref[weight_block, group])
 
         def add_group(left, right, acc, group, scale):
@@ -194,7 +217,9 @@ def kernel_of(problem: matmul_tiles.Problem, x_scale_layout: ScaleLayout) -> Cal
             product = fp8_dot(left, right, jnp.zeros_like(acc), promote_every=None)
             return acc + product * matmul_tiles.along_rows(config, scale), following
 
-        out = matmul_tiles.accumulate(problem, tile, x_ref, w_ref, add_group, scales(tile.first_step))
+        out = matmul_tiles.accumulate(
+            problem, tile, x_ref, w_ref, add_group, scales(tile.first_step)
+        )
         out = matmul_tiles.of_groups(out)
         if len(rest) == 2:
             out = matmul_tiles.add_bias(problem, tile, out, rest[0])

@@ -1,18 +1,21 @@
-"""From router logits to the work of the grouped kernels, in one kernel: for small batches, where XLA takes some twenty small ones.
+"""From router logits to the work of the grouped kernels, in one kernel: for small batches, where
+XLA takes some twenty small ones.
 
     logits [t, e]  ->  top_k experts and weights of each token
                    ->  slots: the t · k pairs (token, choice) sorted by expert, padding tokens last
                    ->  the list of tiles (`grouped_matmul_kernel.work_list`)
 
-Nothing is sorted. A token goes to an expert at most once, so with M[token, expert] = 1 where it does, the pair's place is
+Nothing is sorted. A token goes to an expert at most once, so with M[token, expert] = 1 where it
+does, the pair's place is
 
     Σ sizes of the experts before  +  Σ M[tokens before, expert]
 
-two running sums over a tile `[t, e]` that one program holds. The k best of a row are found one after the other: the maximum,
-of equals the lowest index, is taken out. Compared are the bits as integers in the order of the floats, so that NaN logits are
-an order like any other and no index leaves its range.
+two running sums over a tile `[t, e]` that one program holds. The k best of a row are found one
+after the other: the maximum, of equals the lowest index, is taken out. Compared are the bits as
+integers in the order of the floats, so that NaN logits are an order like any other and no index
+leaves its range.
 
-The specification is `route` and `sort_by_expert` in `fp8jax/moe.py`, followed by `work_list`.
+The specification is `route` and `sort_by_expert` in `models/moe.py`, followed by `work_list`.
 """
 
 import functools
@@ -50,7 +53,12 @@ class Rule:
 
 @functools.partial(jax.jit, static_argnames=("rule", "block_m", "interpret"))
 def route_experts_triton(
-    logits: jax.Array, rule: Rule, block_m: int, *, valid: jax.Array | None = None, interpret: bool = False
+    logits: jax.Array,
+    rule: Rule,
+    block_m: int,
+    *,
+    valid: jax.Array | None = None,
+    interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
     """Slots and tiles for the grouped kernels.
 
@@ -61,17 +69,18 @@ def route_experts_triton(
         valid: bool `[t]`, which tokens are not padding; None for all.
         interpret: run on the CPU, to check the mathematics.
     Returns:
-        row int32 `[t · k]`, the token of a slot; out_row int32 `[t · k]`, choice · t + token; weight float32 `[t · k]`; sizes
-        int32 `[e]`; work int32 `[4, tiles]` as `work_list` makes it.
+        row int32 `[t · k]`, the token of a slot; out_row int32 `[t · k]`, choice · t + token;
+        weight float32 `[t · k]`; sizes int32 `[e]`; work int32 `[4, tiles]` as `work_list` makes
+        it.
     Raises:
-        NotImplementedError: `supported` says why.
+        NotImplementedError: `why_not` says why.
     """
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton as plgpu
 
     t, e = logits.shape
     k, slots = rule.top_k, t * rule.top_k
-    if reason := supported(t, e, k, logits.dtype):
+    if reason := why_not(t, e, k, logits.dtype):
         raise NotImplementedError(f"route_experts: {reason}")
     block_t, block_e, tiles = power_of_two(t), power_of_two(e), tiles_needed(slots, e, block_m)
 
@@ -82,15 +91,23 @@ def route_experts_triton(
         tokens, experts = jnp.arange(block_t, dtype=jnp.int32), jnp.arange(block_e, dtype=jnp.int32)
         is_token, is_expert = tokens < t, experts < e
         wide = plgpu.load(
-            logits_ref.at[tokens[:, None], experts[None, :]], mask=is_token[:, None] & is_expert[None, :], other=0.0
+            logits_ref.at[tokens[:, None], experts[None, :]],
+            mask=is_token[:, None] & is_expert[None, :],
+            other=0.0,
         ).astype(jnp.float32)
-        counts = is_token if not optional else plgpu.load(optional[0].at[tokens], mask=is_token, other=0) > 0
+        counts = (
+            is_token
+            if not optional
+            else plgpu.load(optional[0].at[tokens], mask=is_token, other=0) > 0
+        )
 
         score = _softmax(wide, is_expert[None, :]) if rule.softmax_over == "all" else wide
         chosen, weights = _best(score, is_expert[None, :], k)
         weights = _finished(weights, rule)
 
-        member = functools.reduce(jnp.logical_or, (experts[None, :] == index[:, None] for index in chosen))
+        member = functools.reduce(
+            jnp.logical_or, (experts[None, :] == index[:, None] for index in chosen)
+        )
         member = (member & counts[:, None]).astype(jnp.int32)
         sizes = jnp.sum(member, axis=0, dtype=jnp.int32)
         ends = lax.cumsum(sizes)
@@ -99,7 +116,9 @@ def route_experts_triton(
         absent = (is_token & ~counts).astype(jnp.int32)
         behind = total + (lax.cumsum(absent) - absent) * k
         for j, (index, weight) in enumerate(zip(chosen, weights, strict=True)):
-            of_expert = jnp.sum(jnp.where(experts[None, :] == index[:, None], place, 0), axis=1, dtype=jnp.int32)
+            of_expert = jnp.sum(
+                jnp.where(experts[None, :] == index[:, None], place, 0), axis=1, dtype=jnp.int32
+            )
             slot = jnp.where(counts, of_expert, behind + j)
             plgpu.store(row_ref.at[slot], tokens, mask=is_token)
             plgpu.store(out_row_ref.at[slot], tokens + jnp.int32(j * t), mask=is_token)
@@ -107,10 +126,15 @@ def route_experts_triton(
         plgpu.store(sizes_ref.at[experts], sizes, mask=is_expert)
 
         def write(at, mask, fields):
-            # Nowhere where masked: interpreted, a masked store writes the old value back, over a new one in the same place.
+            # Nowhere where masked: interpreted, a masked store writes the old value back, over a
+            # new one in the same place.
             at = jnp.where(mask, at, jnp.int32(tiles))
             for field, values in enumerate(fields):
-                plgpu.store(work_ref.at[jnp.full_like(at, field), at], jnp.broadcast_to(values, at.shape), mask=mask)
+                plgpu.store(
+                    work_ref.at[jnp.full_like(at, field), at],
+                    jnp.broadcast_to(values, at.shape),
+                    mask=mask,
+                )
 
         tiles_of = lax.div(sizes + (block_m - 1), jnp.int32(block_m))
         last, count = lax.cumsum(tiles_of), jnp.sum(tiles_of, dtype=jnp.int32)
@@ -120,7 +144,12 @@ def route_experts_triton(
             write(last - tiles_of + part, part < tiles_of, fields)
         index = jnp.arange(power_of_two(tiles), dtype=jnp.int32)
         start = total + (index - count) * block_m
-        fields = (jnp.int32(0), jnp.minimum(start, slots), jnp.minimum(start + block_m, slots), jnp.int32(0))
+        fields = (
+            jnp.int32(0),
+            jnp.minimum(start, slots),
+            jnp.minimum(start + block_m, slots),
+            jnp.int32(0),
+        )
         write(index, (index >= count) & (index < tiles), fields)
 
     i32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
@@ -134,20 +163,22 @@ def route_experts_triton(
             i32((4, tiles)),
         ),
         grid=(1,),
-        compiler_params=plgpu.CompilerParams(num_warps=max(1, block_t * block_e // 512), num_stages=1),
+        compiler_params=plgpu.CompilerParams(
+            num_warps=max(1, block_t * block_e // 512), num_stages=1
+        ),
         interpret=interpret,
         name="route_experts",
     )(logits, *(() if valid is None else (valid.astype(jnp.int32),)))
 
 
-def supported(t: int, e: int, top_k: int, dtype: jax.typing.DTypeLike) -> str | None:
+def why_not(t: int, e: int, top_k: int, dtype: jax.typing.DTypeLike) -> str | None:
     """Why there is no kernel for this case, or None if there is one."""
     if jnp.dtype(dtype).name not in ACTIVATION_DTYPES:
-        return f"logits are {jnp.dtype(dtype).name}, the kernel takes {', '.join(ACTIVATION_DTYPES)}"
-    if t == 0 or power_of_two(t) * power_of_two(e) > MAX_TILE:
         return (
-            f"{t} tokens × {e} experts: one program holds all logits, at least one token and at most {MAX_TILE} values"
+            f"logits are {jnp.dtype(dtype).name}, the kernel takes {', '.join(ACTIVATION_DTYPES)}"
         )
+    if t == 0 or power_of_two(t) * power_of_two(e) > MAX_TILE:
+        return f"{t} tokens × {e} experts: one program holds all logits, at least one token and at most {MAX_TILE} values"
     if top_k > MAX_TOP_K:
         return f"top_k = {top_k}: the choices are unrolled, at most {MAX_TOP_K}"
     return None
@@ -161,7 +192,8 @@ def _softmax(x: jax.Array, inside: jax.Array) -> jax.Array:
 
 
 def _best(score: jax.Array, inside: jax.Array, k: int) -> tuple[list[jax.Array], list[jax.Array]]:
-    """The k greatest of each row, the greatest first, of equals the one on the left: indices and scores `[t]`."""
+    """The k greatest of each row, the greatest first, of equals the one on the left: indices and
+    scores `[t]`."""
     bits = lax.bitcast_convert_type(score, jnp.int32)
     order = bits ^ (lax.shift_right_arithmetic(bits, jnp.int32(31)) & jnp.int32(2**31 - 1))
     order = jnp.where(inside, jnp.maximum(order, jnp.int32(_LOWEST + 1)), jnp.int32(_LOWEST))
@@ -178,7 +210,8 @@ def _best(score: jax.Array, inside: jax.Array, k: int) -> tuple[list[jax.Array],
 
 
 def _finished(weights: list[jax.Array], rule: Rule) -> list[jax.Array]:
-    """Softmax over the chosen, division by their sum, and rounding, where the rule says so; each `[t]`, the greatest first."""
+    """Softmax over the chosen, division by their sum, and rounding, where the rule says so; each
+    `[t]`, the greatest first."""
     if rule.softmax_over == "chosen":
         weights = [jnp.exp(weight - weights[0]) for weight in weights]
     if rule.softmax_over == "chosen" or rule.renormalise == "yes":

@@ -1,15 +1,16 @@
-"""gate_up of experts, silu·mul and quantization for down in one kernel: for long batches, with 1×128 activation scales.
+"""gate_up of experts, silu·mul and quantization for down in one kernel: for long batches, with
+1×128 activation scales.
 
-    gate, up = round( x[rows[slot]] @ w[expert of slot].T )        y = round( silu(gate) · up )        codes, scale = quantize(y)
+    gate, up = round( x[rows[slot]] @ w[expert of slot].T )        y = round( silu(gate) Â· up )        codes, scale = quantize(y)
 
-A program computes 128 gate columns and the 128 up columns that belong to them, for the same slots: a whole group of scales,
-and all that silu·mul needs. Between the two products r · 2i floats are then neither written nor read, and a tile of x is
-loaded once for both halves. Roundings are those of the three single kernels, so results are the same but for the order in
-which tensor cores add.
+A program computes 128 gate columns and the 128 up columns that belong to them, for the same slots:
+a whole group of scales, and all that silu·mul needs. Between the two products r Â· 2i floats are
+then neither written nor read, and a tile of x is loaded once for both halves. Roundings are those
+of the three single kernels, so results are the same but for the order in which tensor cores add.
 
-With few slots an expert it does not pay: it would halve the number of programs, which are few, and read no weight less. Nor can it be had
-with one scale a token, whose maximum lies across all programs. Tiles, work list and slots as in `grouped_matmul_kernel.py`.
-No GPU has timed it.
+With few slots an expert it does not pay: it would halve the number of programs, which are few, and
+read no weight less. Nor can it be had with one scale a token, whose maximum lies across all
+programs. Tiles, work list and slots as in `grouped_matmul_kernel.py`. No GPU has timed it.
 """
 
 import functools
@@ -19,8 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from fp8jax.pallas_kernels import grouped_matmul, matmul_config, matmul_tiles, quantize
-from fp8jax.pallas_kernels.addressing import unaddressable
-from fp8jax.pallas_kernels.fp8_dot import fp8_dot
+from fp8jax.pallas_kernels.formats import BLOCK, unaddressable
 from fp8jax.pallas_kernels.grouped_matmul_kernel import (
     GroupedProblem,
     checked_work,
@@ -28,9 +28,9 @@ from fp8jax.pallas_kernels.grouped_matmul_kernel import (
     tile_of_program,
 )
 from fp8jax.pallas_kernels.matmul_config import Config
+from fp8jax.pallas_kernels.primitives import fp8_dot
 from fp8jax.pallas_kernels.quantize import ScaleLayout
 from fp8jax.pallas_kernels.silu_mul_quantize import silu_mul
-from fp8jax.schemes import BLOCK
 
 _OP = "grouped_gate_up"
 
@@ -64,30 +64,40 @@ def grouped_gate_up_triton(
         config: tiles; `default_config` if None.
         interpret: run on the CPU, to check the mathematics.
     Returns:
-        codes float8_e4m3fn `[r, i]`, zeros for slots beyond the sum of the sizes, and scales float32 `[i/128, r]`.
+        codes float8_e4m3fn `[r, i]`, zeros for slots beyond the sum of the sizes, and scales
+        float32 `[i/128, r]`.
     Raises:
-        NotImplementedError: `supported` says why.
+        NotImplementedError: `why_not` says why.
         ValueError: shapes or a config that do not fit.
     """
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton as plgpu
 
     (m, k), (num_experts, n, _), slots, i = x.shape, w.shape, rows.shape[0], w.shape[1] // 2
-    device_kind = "NVIDIA H100" if interpret else matmul_tiles.current_device_kind() or "this device"
-    if reason := supported(device_kind, m, slots, num_experts, n, k):
+    device_kind = (
+        "NVIDIA H100" if interpret else matmul_tiles.current_device_kind() or "this device"
+    )
+    if reason := why_not(device_kind, m, slots, num_experts, n, k):
         raise NotImplementedError(f"{_OP}: {reason}")
     groups = -(-k // BLOCK)
     x_scale_shape = (m, groups) if x_scale_layout == "mg" else (groups, m)
     if x_scale.shape != x_scale_shape or w_scale.shape != (num_experts, n // BLOCK, groups):
         raise ValueError(
-            f"{_OP}: x_scale is {x_scale.shape} and w_scale is {w_scale.shape}; wanted {x_scale_shape} and "
-            f"{(num_experts, n // BLOCK, groups)} for x {x.shape}, w {w.shape} and layout {x_scale_layout!r}"
+            f"{_OP}: x_scale is {x_scale.shape} and w_scale is {w_scale.shape}; wanted "
+            f"{x_scale_shape} and {(num_experts, n // BLOCK, groups)} for x {x.shape}, w {w.shape} "
+            f"and layout {x_scale_layout!r}"
         )
     config = config or default_config()
     config.check()
-    if (config.block_n, config.block_k, config.promotion, config.swap_operands) != (BLOCK, BLOCK, "none", False):
+    if (config.block_n, config.block_k, config.promotion, config.swap_operands) != (
+        BLOCK,
+        BLOCK,
+        "none",
+        False,
+    ):
         raise ValueError(
-            f"{_OP}: block_n and block_k must be {BLOCK}, operands not swapped, no promotion; got {config}"
+            f"{_OP}: block_n and block_k must be {BLOCK}, operands not swapped, no promotion; got "
+            f"{config}"
         )
     problem = GroupedProblem(slots, num_experts, i, k, 1, config)
     last_group = groups - 1
@@ -107,7 +117,11 @@ def grouped_gate_up_triton(
 
         def scales(step):
             column = jnp.broadcast_to(step, tile.rows.shape)
-            of_x = plgpu.load(x_scale_ref.at[(tile.rows, column) if x_scale_layout == "mg" else (column, tile.rows)])
+            of_x = plgpu.load(
+                x_scale_ref.at[
+                    (tile.rows, column) if x_scale_layout == "mg" else (column, tile.rows)
+                ]
+            )
             of_w = (w_scale_ref[tile.expert, block, step] for block in (group, group + i // BLOCK))
             return tuple(matmul_tiles.group_scale(of_x, scale) for scale in of_w)
 
@@ -123,15 +137,23 @@ def grouped_gate_up_triton(
             return tuple(added), following
 
         zeros = jnp.zeros((config.block_m, BLOCK), jnp.float32)
-        (gate, up), _ = lax.fori_loop(jnp.int32(0), tile.steps, step, ((zeros, zeros), scales(jnp.int32(0))))
-        gate, up = (matmul_tiles.of_groups(half).astype(dtype).astype(jnp.float32) for half in (gate, up))
+        (gate, up), _ = lax.fori_loop(
+            jnp.int32(0), tile.steps, step, ((zeros, zeros), scales(jnp.int32(0)))
+        )
+        gate, up = (
+            matmul_tiles.of_groups(half).astype(dtype).astype(jnp.float32) for half in (gate, up)
+        )
         y = silu_mul(gate, up).astype(dtype).astype(jnp.float32)
         # Slots that are not this tile's hold products of row 0 that nobody stores.
         scale = quantize.scale_of(jnp.max(jnp.abs(y), axis=1))
         inside = tile.slots < tile.slot_end
         codes = quantize.codes_of(y, (1.0 / scale)[:, None])
-        plgpu.store(codes_ref.at[tile.slots[:, None], tile.columns[None, :]], codes, mask=inside[:, None])
-        plgpu.store(scale_ref.at[jnp.broadcast_to(group, tile.slots.shape), tile.slots], scale, mask=inside)
+        plgpu.store(
+            codes_ref.at[tile.slots[:, None], tile.columns[None, :]], codes, mask=inside[:, None]
+        )
+        plgpu.store(
+            scale_ref.at[jnp.broadcast_to(group, tile.slots.shape), tile.slots], scale, mask=inside
+        )
 
     return pl.pallas_call(
         kernel,
@@ -140,31 +162,34 @@ def grouped_gate_up_triton(
             jax.ShapeDtypeStruct((i // BLOCK, slots), jnp.float32),
         ),
         grid=(problem.programs,),
-        compiler_params=plgpu.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
+        compiler_params=plgpu.CompilerParams(
+            num_warps=config.num_warps, num_stages=config.num_stages
+        ),
         interpret=interpret,
         name=_OP,
     )(checked_work(_OP, problem, sizes, work), rows.astype(jnp.int32), x, x_scale, w, w_scale)
 
 
-def supported(device_kind: str, m: int, slots: int, num_experts: int, n: int, k: int) -> str | None:
-    """Why the kernel does not run there, or None; arguments as of `grouped_matmul.supported`, and the number of slots."""
-    if reason := grouped_matmul.supported(device_kind, m, num_experts, n, k):
+def why_not(device_kind: str, m: int, slots: int, num_experts: int, n: int, k: int) -> str | None:
+    """Why the kernel does not run there, or None; arguments as of `grouped_matmul.why_not`, and
+    the number of slots."""
+    if reason := grouped_matmul.why_not(device_kind, m, num_experts, n, k):
         return reason
     if matmul_config.architecture(device_kind) == "ada":
         return "two accumulators and both halves of the weight do not fit on Ada"
     if n % (2 * BLOCK):
-        return (
-            f"gate and up are {n // 2} wide each, no multiple of {BLOCK}: a group of scales would lie across programs"
-        )
+        return f"gate and up are {n // 2} wide each, no multiple of {BLOCK}: a group of scales would lie across programs"
     if slots == 0 or unaddressable(slots * n // 2):
         return f"{slots} slots × {n // 2} codes: at least one slot, and not 2 to 4 GiB, which Pallas-Triton addresses wrongly"
     return None
 
 
 def pays(slots: int, num_experts: int) -> bool:
-    """Whether there are so many slots that activations count beside weights, and so few that tiles of 64 are the right ones.
+    """Whether there are so many slots that activations count beside weights, and so few that tiles
+    of 64 are the right ones.
 
-    From 256 slots an expert on, single products have tiles of 128, which two accumulators leave no registers for.
+    From 256 slots an expert on, single products have tiles of 128, which two accumulators leave no
+    registers for.
     """
     return 64 * num_experts <= slots < 256 * num_experts
 

@@ -1,11 +1,13 @@
-"""Run the kernels on a CPU, statement by statement: for tests of the mathematics, slow, and right about nothing else.
+"""Run the kernels on a CPU, statement by statement: for tests of the mathematics, slow, and right
+about nothing else.
 
     with interpreted_kernels():
         lm = fp8jax.load_quantized(folder, "fp8_per_block", implementation="triton")
         lm.logits(token_ids)
 
-Inside, operations that name the implementation "triton" interpret the kernels that an H100 would get; "auto" and "xla" do what they
-do anywhere else. `jax.jit` knows nothing of this: a function that was traced inside stays interpreted outside.
+Inside, operations that name the implementation "triton" interpret the kernels that an H100 would
+get; "auto" and "xla" do what they do anywhere else. `jax.jit` knows nothing of this: a function
+that was traced inside stays interpreted outside.
 """
 
 import contextlib

@@ -2,31 +2,31 @@
 
 A program computes `[block_m, block_n]` outputs in steps of block_k along k. Three shapes of work:
 
-- **Prefill**, many rows: large tiles, since each byte from L2 should feed as many products as registers allow. The
-  grid is one-dimensional and visits group_m row tiles per column tile, so that the weight tile is still in L2 when
-  the next row tile wants it.
-- **Decode**, m ≤ 64: the weight is read once and nothing else matters. Hopper's and Blackwell's instructions want 64
-  rows on the left, so the operands are swapped: weights left, tokens right, and a token tile of 16 wastes nothing
-  that costs.
-- **Few tiles**: below about two programs an SM the memory pipes stay idle, so k is split. Each split writes float32
-  partial sums `[split_k, m, n]`, added up afterwards in a fixed order: deterministic, which atomics are not.
+- **Prefill**, many rows: large tiles, since each byte from L2 should feed as many products as
+  registers allow. The grid is one-dimensional and visits group_m row tiles per column tile, so that
+  the weight tile is still in L2 when the next row tile wants it.
+- **Decode**, m ≤ 64: the weight is read once and nothing else matters. Hopper's and Blackwell's
+  instructions want 64 rows on the left, so the operands are swapped: weights left, tokens right,
+  and a token tile of 16 wastes nothing that costs.
+- **Few tiles**: below about two programs an SM the memory pipes stay idle, so k is split. Each
+  split writes float32 partial sums `[split_k, m, n]`, added up afterwards in a fixed order:
+  deterministic, which atomics are not.
 
 The figures below come from compiling offline (registers, spills, shared memory, blocks per SM;
-tests/test_offline_matmul.py) and from published tunings. No GPU has timed them yet: a tuned table is to replace them
-where there is one.
+tests/test_offline_matmul.py) and from published tunings. No GPU has timed them yet: a tuned table
+is to replace them where there is one.
 """
 
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from fp8jax.pallas_kernels.addressing import unaddressable
-from fp8jax.schemes import BLOCK
+from fp8jax.pallas_kernels.formats import BLOCK, unaddressable
 
 Architecture = Literal["ada", "hopper", "blackwell"]
 Promotion = Literal["none", "tensor_core", "separate"]
 
-# What Hopper's short accumulator loses grows with k (calc_diff 5e-6 at 4096, 8e-5 at 16384, simulated); from here on the
-# promoted kernel is the default.
+# What Hopper's short accumulator loses grows with k (calc_diff 5e-6 at 4096, 8e-5 at 16384,
+# simulated); from here on the promoted kernel is the default.
 PROMOTE_FROM_K = 8192
 _SMALLEST_SPLIT = 512  # of k: fewer steps than this do not fill the pipeline of copies
 _MOST_SPLITS = 8
@@ -62,9 +62,11 @@ class Config:
         split_k: programs that share the k of one tile.
         swap_operands: the weight tile is the left operand of the tensor cores.
         group_m: row tiles that share a column tile while it is in L2.
-        promotion: how `scaled_matmul` keeps the bits of a long sum. "none": one running sum in the tensor core. "tensor_core": it adds to a
-            float32 register every 128 inputs (an attribute that only Hopper heeds). "separate": every step starts from zero and is added
-            outside, on any GPU. `block_scaled_matmul` always does the last, since each step has scales of its own.
+        promotion: how `scaled_matmul` keeps the bits of a long sum. "none": one running sum in the
+            tensor core. "tensor_core": it adds to a float32 register every 128 inputs (an attribute
+            that only Hopper heeds). "separate": every step starts from zero and is added outside,
+            on any GPU. `block_scaled_matmul` always does the last, since each step has scales of
+            its own.
     """
 
     block_m: int
@@ -87,21 +89,26 @@ class Config:
             if getattr(self, name) < 1:
                 raise ValueError(f"Config.{name} is {getattr(self, name)}, wanted at least 1")
         if self.promotion not in ("none", "tensor_core", "separate"):
-            raise ValueError(f"Config.promotion is {self.promotion!r}; choose 'none', 'tensor_core' or 'separate'")
+            raise ValueError(
+                f"Config.promotion is {self.promotion!r}; choose 'none', 'tensor_core' or "
+                "'separate'"
+            )
 
     def splits(self, k: int) -> tuple[int, int]:
-        """How many splits there really are, none of them empty, and steps in each (the last may have fewer)."""
+        """How many splits there really are, none of them empty, and steps in each (the last may
+        have fewer)."""
         steps = -(-k // self.block_k)
         per_split = -(-steps // min(self.split_k, steps))
         return -(-steps // per_split), per_split
 
 
 def architecture(device_kind: str) -> Architecture | None:
-    """The architecture by `device_kind`, None if it is not known to have FP8 tensor cores that these kernels reach."""
+    """The architecture by `device_kind`, None if it is not known to have FP8 tensor cores that
+    these kernels reach."""
     return next((found for part, found in _ARCHITECTURES.items() if part in device_kind), None)
 
 
-def unsupported(device_kind: str, m: int, n: int, k: int) -> str | None:
+def why_not(device_kind: str, m: int, n: int, k: int) -> str | None:
     """Why no FP8 matmul kernel runs there, or None.
 
     Args:
@@ -114,13 +121,15 @@ def unsupported(device_kind: str, m: int, n: int, k: int) -> str | None:
     for name, shape in (("x [m, k]", (m, k)), ("w [n, k]", (n, k))):
         if unaddressable(shape[0] * shape[1]):
             return (
-                f"{name} is {list(shape)}: Pallas-Triton addresses one-byte arrays between 2 and 4 GiB with offsets that overflow; "
-                "split the array"
+                f"{name} is {list(shape)}: Pallas-Triton addresses one-byte arrays between 2 and 4 "
+                "GiB with offsets that overflow; split the array"
             )
     return None
 
 
-def default_scaled_config(device_kind: str, m: int, n: int, k: int, *, precise: bool | None = None) -> Config:
+def default_scaled_config(
+    device_kind: str, m: int, n: int, k: int, *, precise: bool | None = None
+) -> Config:
     """A config for `scaled_matmul`.
 
     Args:
@@ -134,20 +143,30 @@ def default_scaled_config(device_kind: str, m: int, n: int, k: int, *, precise: 
     precise = k >= PROMOTE_FROM_K if precise is None else precise
     if m <= 64:
         config = _decode_config(arch, m)
-        if arch != "ada" and m <= 16 and k > 256 and k % 16 == 0:  # unaligned copies of such steps spill on Blackwell
+        if (
+            arch != "ada" and m <= 16 and k > 256 and k % 16 == 0
+        ):  # unaligned copies of such steps spill on Blackwell
             config = replace(config, block_k=256, num_stages=4)
         elif arch == "ada" and precise and m > 32:
             config = replace(config, num_stages=3)
     else:
         large = Config(block_m=128, block_n=128, block_k=128, num_warps=8, num_stages=3)
-        medium = Config(block_m=64, block_n=128, block_k=128, num_warps=4, num_stages=4 if arch != "ada" else 3)
+        medium = Config(
+            block_m=64, block_n=128, block_k=128, num_warps=4, num_stages=4 if arch != "ada" else 3
+        )
         candidates = [large, medium, replace(medium, block_n=64)]
-        if arch != "ada" and m >= 1024 and not (precise and arch == "hopper"):  # promoted, 128×256 spills on Hopper
+        if (
+            arch != "ada" and m >= 1024 and not (precise and arch == "hopper")
+        ):  # promoted, 128×256 spills on Hopper
             candidates.insert(0, replace(large, block_n=256, num_stages=4))
         config = _largest_that_fills(arch, candidates, m, n)
     if precise:
         # Blackwell's accumulator is wide; Ada's is as short as Hopper's, but heeds no attribute.
-        promotions: dict[Architecture, Promotion] = {"hopper": "tensor_core", "ada": "separate", "blackwell": "none"}
+        promotions: dict[Architecture, Promotion] = {
+            "hopper": "tensor_core",
+            "ada": "separate",
+            "blackwell": "none",
+        }
         config = replace(config, promotion=promotions[arch])
     return _with_splits(arch, config, m, n, k)
 
@@ -169,15 +188,20 @@ def default_block_scaled_config(device_kind: str, m: int, n: int, k: int) -> Con
         small = Config(block_m=64, block_n=64, block_k=BLOCK, num_warps=4, num_stages=4)
         config = _largest_that_fills(arch, [large, small], m, n)
     else:
-        # Each step waits for its own product (its scale is needed), so three programs an SM hide the wait for one another.
+        # Each step waits for its own product (its scale is needed), so three programs an SM hide
+        # the wait for one another.
         medium = Config(block_m=64, block_n=128, block_k=BLOCK, num_warps=4, num_stages=3)
-        config = _largest_that_fills(arch, [medium, replace(medium, block_n=64, num_stages=4)], m, n)
+        config = _largest_that_fills(
+            arch, [medium, replace(medium, block_n=64, num_stages=4)], m, n
+        )
     return _with_splits(arch, config, m, n, k)
 
 
 def _known(device_kind: str) -> Architecture:
     if (arch := architecture(device_kind)) is None:
-        raise ValueError(f"no default config for device {device_kind!r}; known are {', '.join(_ARCHITECTURES)}")
+        raise ValueError(
+            f"no default config for device {device_kind!r}; known are {', '.join(_ARCHITECTURES)}"
+        )
     return arch
 
 
@@ -185,12 +209,16 @@ def _decode_config(arch: Architecture, m: int) -> Config:
     block_m = 16 if m <= 16 else 32 if m <= 32 else 64
     if arch == "ada":  # mma.sync takes 16 rows on the left: no need to swap
         return Config(block_m=block_m, block_n=64, block_k=128, num_warps=4, num_stages=4)
-    return Config(block_m=block_m, block_n=64, block_k=128, num_warps=4, num_stages=5, swap_operands=True)
+    return Config(
+        block_m=block_m, block_n=64, block_k=128, num_warps=4, num_stages=5, swap_operands=True
+    )
 
 
 def _largest_that_fills(arch: Architecture, candidates: list[Config], m: int, n: int) -> Config:
     """The first candidate with at least a tile an SM, else the last."""
-    return next((config for config in candidates if _tiles(config, m, n) >= _CORES[arch]), candidates[-1])
+    return next(
+        (config for config in candidates if _tiles(config, m, n) >= _CORES[arch]), candidates[-1]
+    )
 
 
 def _tiles(config: Config, m: int, n: int) -> int:
@@ -198,7 +226,8 @@ def _tiles(config: Config, m: int, n: int) -> int:
 
 
 def _with_splits(arch: Architecture, config: Config, m: int, n: int, k: int) -> Config:
-    """As many splits, a power of two, as keep the programs within two an SM and each split long enough."""
+    """As many splits, a power of two, as keep the programs within two an SM and each split long
+    enough."""
     splits = 1
     while (
         splits < _MOST_SPLITS

@@ -1,11 +1,13 @@
-"""What the FP8 matmul kernels do alike: find their tile, load operands, store results, add up splits.
+"""What the FP8 matmul kernels do alike: find their tile, load operands, store results, add up
+splits.
 
-Pallas is imported inside the functions: the references in the kernels' files serve machines that never need it, and
-it takes a second.
+Pallas is imported inside the functions: the references in the kernels' files serve machines that
+never need it, and it takes a second.
 
-Bounds. Pallas-Triton masks nothing by itself. Rows beyond an operand's end are read from its last row instead (what
-they give is never stored, and a clamped address keeps the copies 16 bytes wide); columns of k beyond the end read as
-0 under a mask. Stores are masked. Each of these is left out where the tile divides the array.
+Bounds. Pallas-Triton masks nothing by itself. Rows beyond an operand's end are read from its last
+row instead (what they give is never stored, and a clamped address keeps the copies 16 bytes wide);
+columns of k beyond the end read as 0 under a mask. Stores are masked. Each of these is left out
+where the tile divides the array.
 """
 
 from collections.abc import Callable
@@ -46,7 +48,8 @@ class Problem:
 
 @dataclass(frozen=True)
 class Tile:
-    """Where a program works: token rows `[block_m]`, outputs `[block_n]` (both may reach beyond the end), and its part of k."""
+    """Where a program works: token rows `[block_m]`, outputs `[block_n]` (both may reach beyond the
+    end), and its part of k."""
 
     rows: jax.Array
     columns: jax.Array
@@ -57,14 +60,18 @@ class Tile:
 
 
 def tile_of_program(problem: Problem) -> Tile:
-    """Inside a kernel: this program's tile. Splits are the slowest index, then groups of row tiles, then columns, then rows."""
+    """Inside a kernel: this program's tile. Splits are the slowest index, then groups of row tiles,
+    then columns, then rows."""
     from jax.experimental import pallas as pl
 
     config = problem.config
     tiles_m, tiles_n = problem.tiles
     splits, per_split = config.splits(problem.k)
     program = pl.program_id(0)
-    split, tile = (lax.div(program, jnp.int32(tiles_m * tiles_n)), lax.rem(program, jnp.int32(tiles_m * tiles_n)))
+    split, tile = (
+        lax.div(program, jnp.int32(tiles_m * tiles_n)),
+        lax.rem(program, jnp.int32(tiles_m * tiles_n)),
+    )
     if tiles_m == 1:
         tile_m, tile_n = jnp.int32(0), tile
     else:
@@ -82,7 +89,9 @@ def tile_of_program(problem: Problem) -> Tile:
         split=split,
         first_step=first_step,
         # A constant where it can be: the compiler then knows that the loop runs at all.
-        steps=per_split if total == splits * per_split else jnp.minimum(per_split, total - first_step),
+        steps=per_split
+        if total == splits * per_split
+        else jnp.minimum(per_split, total - first_step),
     )
 
 
@@ -92,7 +101,8 @@ def clamped(indices: jax.Array, size: int, block: int) -> jax.Array:
 
 
 def load_operand(ref: Any, rows: jax.Array, step: jax.Array, k: int, block_k: int) -> jax.Array:
-    """Inside a kernel: the tile `[rows, block_k]` of codes at a step along k; rows must lie inside, columns beyond k are 0."""
+    """Inside a kernel: the tile `[rows, block_k]` of codes at a step along k; rows must lie inside,
+    columns beyond k are 0."""
     from jax.experimental.pallas import triton as plgpu
 
     columns = step * block_k + jnp.arange(block_k, dtype=jnp.int32)
@@ -104,12 +114,18 @@ def load_operand(ref: Any, rows: jax.Array, step: jax.Array, k: int, block_k: in
 
 
 def accumulate(
-    problem: Problem, tile: Tile, x_ref: Any, w_ref: Any, add: Callable[..., tuple[jax.Array, Any]], carried: Any = ()
+    problem: Problem,
+    tile: Tile,
+    x_ref: Any,
+    w_ref: Any,
+    add: Callable[..., tuple[jax.Array, Any]],
+    carried: Any = (),
 ) -> jax.Array:
     """Inside a kernel: run the loop over this program's part of k.
 
     Args:
-        add: (left tile, right tile, accumulator, step, carried) -> (accumulator, carried); one step along k.
+        add: (left tile, right tile, accumulator, step, carried) -> (accumulator, carried); one step
+            along k.
         carried: what `add` gets in the first step beside the accumulator of zeros.
     Returns:
         float32 `[block_m, block_n]`, or `[block_n, block_m]` with swapped operands.
@@ -126,7 +142,11 @@ def accumulate(
         left, right = (w, x) if config.swap_operands else (x, w)
         return add(left, right, acc, at, carried)
 
-    shape = (config.block_n, config.block_m) if config.swap_operands else (config.block_m, config.block_n)
+    shape = (
+        (config.block_n, config.block_m)
+        if config.swap_operands
+        else (config.block_m, config.block_n)
+    )
     return lax.fori_loop(0, tile.steps, step, (jnp.zeros(shape, jnp.float32), carried))[0]
 
 
@@ -145,11 +165,13 @@ def along_columns(config: Config, values: jax.Array) -> jax.Array:
 
 
 def scaled(acc: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-    """acc · a · b in an order in which nothing overflows or vanishes on the way that the result does not; works in kernels too.
+    """acc · a · b in an order in which nothing overflows or vanishes on the way that the result
+    does not; works in kernels too.
 
-    Sums of e4m3 products are 0 or between 2⁻¹⁸ and about 2³⁶, scales between 2⁻¹²⁶ and 2¹²⁰. The smaller scale comes first: if that
-    overflows, so does the result. It takes 2²⁴ from the larger one, so that no intermediate is subnormal, which XLA makes 0. The cap
-    keeps 0 · ∞ away; a sum that is not 0 overflows anyway where both scales are beyond it. Powers of two are exact.
+    Sums of e4m3 products are 0 or between 2⁻¹⁸ and about 2³⁶, scales between 2⁻¹²⁶ and 2¹²⁰. The
+    smaller scale comes first: if that overflows, so does the result. It takes 2²⁴ from the larger
+    one, so that no intermediate is subnormal, which XLA makes 0. The cap keeps 0 · ∞ away; a sum
+    that is not 0 overflows anyway where both scales are beyond it. Powers of two are exact.
 
     Args:
         acc: float32 `[m, n]`, sums of products of codes.
@@ -160,9 +182,11 @@ def scaled(acc: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def group_scale(of_x: jax.Array, of_w: jax.Array) -> jax.Array:
-    """x_scale · w_scale · 2⁻²⁴ of a group of inputs, finite, for sums that `of_groups` finishes; works in kernels too.
+    """x_scale · w_scale · 2⁻²⁴ of a group of inputs, finite, for sums that `of_groups` finishes;
+    works in kernels too.
 
-    In range wherever the result is: the product of two scales may overflow where what it multiplies is 0 or 2⁻¹⁸.
+    In range wherever the result is: the product of two scales may overflow where what it multiplies
+    is 0 or 2⁻¹⁸.
     """
     return jnp.minimum(of_x * (1 / _HEADROOM) * of_w, jnp.float32(jnp.finfo(jnp.float32).max))
 
@@ -176,14 +200,17 @@ def add_bias(problem: Problem, tile: Tile, out: jax.Array, bias_ref: Any) -> jax
     """Inside a kernel: add the bias `[n]` in float32, once, by the first split."""
     from jax.experimental.pallas import triton as plgpu
 
-    bias = plgpu.load(bias_ref.at[clamped(tile.columns, problem.n, problem.config.block_n)]).astype(jnp.float32)
+    bias = plgpu.load(bias_ref.at[clamped(tile.columns, problem.n, problem.config.block_n)]).astype(
+        jnp.float32
+    )
     if problem.config.splits(problem.k)[0] > 1:
         bias = jnp.where(tile.split == 0, bias, jnp.zeros_like(bias))
     return out + along_columns(problem.config, bias)
 
 
 def store(problem: Problem, tile: Tile, out: jax.Array, out_ref: Any) -> None:
-    """Inside a kernel: write the tile into `[splits · m, n]`, nothing outside the split's own `[m, n]`."""
+    """Inside a kernel: write the tile into `[splits · m, n]`, nothing outside the split's own
+    `[m, n]`."""
     from jax.experimental.pallas import triton as plgpu
 
     config, m, n = problem.config, problem.m, problem.n
@@ -204,7 +231,8 @@ def launch(
     name: str,
     interpret: bool,
 ) -> jax.Array:
-    """Run a kernel whose last argument is the output `[splits · m, n]`; with several splits that is float32.
+    """Run a kernel whose last argument is the output `[splits · m, n]`; with several splits that is
+    float32.
 
     Returns:
         `[splits, m, n]`.
@@ -218,7 +246,9 @@ def launch(
         kernel,
         out_shape=jax.ShapeDtypeStruct((splits * problem.m, problem.n), dtype),
         grid=(problem.programs,),
-        compiler_params=plgpu.CompilerParams(num_warps=problem.config.num_warps, num_stages=problem.config.num_stages),
+        compiler_params=plgpu.CompilerParams(
+            num_warps=problem.config.num_warps, num_stages=problem.config.num_stages
+        ),
         interpret=interpret,
         name=name,
     )(*operands)
@@ -226,7 +256,8 @@ def launch(
 
 
 def sum_of_splits(partials: jax.Array, out_dtype: jax.typing.DTypeLike) -> jax.Array:
-    """`[splits, m, n]` -> `[m, n]`, added in order. Written as single additions, which XLA fuses with what follows and never reorders."""
+    """`[splits, m, n]` -> `[m, n]`, added in order. Written as single additions, which XLA fuses
+    with what follows and never reorders."""
     total = partials[0]
     for split in range(1, partials.shape[0]):
         total = total + partials[split]
@@ -238,23 +269,36 @@ def check_operands(
 ) -> None:
     """Raise ValueError where codes, bias and output dtype do not belong together."""
     if x.dtype != jnp.float8_e4m3fn or w.dtype != jnp.float8_e4m3fn:
-        raise ValueError(f"{op} multiplies float8_e4m3fn codes, got x {x.dtype} and w {w.dtype}; quantize them first")
+        raise ValueError(
+            f"{op} multiplies float8_e4m3fn codes, got x {x.dtype} and w {w.dtype}; quantize them "
+            "first"
+        )
     if x.ndim != 2 or w.ndim != 2 or x.shape[1] != w.shape[1] or 0 in w.shape:
         raise ValueError(
-            f"{op}: x [m, k] is {x.shape} and w [n, k] is {w.shape}; k must be the same, n and k at least 1"
+            f"{op}: x [m, k] is {x.shape} and w [n, k] is {w.shape}; k must be the same, n and k "
+            "at least 1"
         )
     if bias is not None and bias.shape != (w.shape[0],):
         raise ValueError(f"{op}: bias is {bias.shape}, wanted [{w.shape[0]}], one value a row of w")
     if jnp.dtype(out_dtype).name not in OUT_DTYPES:
-        raise ValueError(f"{op}: out_dtype {jnp.dtype(out_dtype).name!r}; choose one of {', '.join(OUT_DTYPES)}")
+        raise ValueError(
+            f"{op}: out_dtype {jnp.dtype(out_dtype).name!r}; choose one of {', '.join(OUT_DTYPES)}"
+        )
 
 
 def checked_config(
-    op: str, m: int, n: int, k: int, config: Config | None, default: Callable[..., Config], interpret: bool
+    op: str,
+    m: int,
+    n: int,
+    k: int,
+    config: Config | None,
+    default: Callable[..., Config],
+    interpret: bool,
 ) -> Config:
-    """The config to run with, once device and shape are known to work; interpret mode takes Hopper's."""
+    """The config to run with, once device and shape are known to work; interpret mode takes
+    Hopper's."""
     device_kind = "NVIDIA H100" if interpret else current_device_kind() or "this device"
-    if reason := matmul_config.unsupported(device_kind, m, n, k):
+    if reason := matmul_config.why_not(device_kind, m, n, k):
         raise NotImplementedError(f"{op}: {reason}; use implementation='xla'")
     config = config or default(device_kind, m, n, k)
     config.check()
@@ -262,7 +306,8 @@ def checked_config(
 
 
 def current_device_kind() -> str:
-    """`device_kind` of the GPU being compiled for: that of the mesh in use if it names one, else of the default device; "" for no GPU."""
+    """`device_kind` of the GPU being compiled for: that of the mesh in use if it names one, else of
+    the default device; "" for no GPU."""
     abstract = jax.sharding.get_abstract_mesh().abstract_device
     if abstract is not None:
         return abstract.device_kind
@@ -271,7 +316,8 @@ def current_device_kind() -> str:
 
 
 def current_device() -> Any:
-    """The `jax.Device` that computations go to by default; None under a mesh that names a device which need not be here."""
+    """The `jax.Device` that computations go to by default; None under a mesh that names a device
+    which need not be here."""
     if jax.sharding.get_abstract_mesh().abstract_device is not None:
         return None
     default = jax.config.jax_default_device

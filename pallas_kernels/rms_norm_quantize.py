@@ -4,12 +4,12 @@
     y      = round(stream / √(mean(stream²) + ε)) · weight          (statistics in float32, both steps rounded)
     codes, scale = quantize(y)
 
-A layer normalises what it adds to, and quantizes what it normalises: three reads and two writes of the row become one
-read of each input and one write of each output, and y itself does not reach memory, unless
-something else wants it (`keep`). A program owns whole rows, since
-both the mean square and a token's scale need all of one. x may also be the float32 partial sums `[splits, m, h]` of a
-split-K product, which saves the kernel that would add them up. Source of the formula: transformers' `LlamaRMSNorm`,
-the stream kept in the activation dtype.
+A layer normalises what it adds to, and quantizes what it normalises: three reads and two writes of
+the row become one read of each input and one write of each output, and y itself does not reach
+memory, unless something else wants it (`keep`). A program owns whole rows, since both the mean
+square and a token's scale need all of one. x may also be the float32 partial sums `[splits, m, h]`
+of a split-K product, which saves the kernel that would add them up. Source of the formula:
+transformers' `LlamaRMSNorm`, the stream kept in the activation dtype.
 """
 
 import functools
@@ -20,8 +20,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from fp8jax.pallas_kernels import quantize
+from fp8jax.pallas_kernels.formats import ActivationGranularity
 from fp8jax.pallas_kernels.quantize import Config, ScaleLayout
-from fp8jax.schemes import ActivationGranularity
 
 
 def rms_norm_quantize_reference(
@@ -45,7 +45,8 @@ def rms_norm_quantize_reference(
         residual_multiplier: what x is multiplied by before it is added.
         dtype: the activation dtype, needed for partial sums only.
     Returns:
-        the new stream `[m, h]` (x itself without a residual), codes float8_e4m3fn `[m, h]`, scales float32.
+        the new stream `[m, h]` (x itself without a residual), codes float8_e4m3fn `[m, h]`, scales
+        float32.
     """
     stream = quantize.activation_of(x, dtype)
     dtype = stream.dtype
@@ -84,15 +85,18 @@ def rms_norm_quantize_triton(
     """The same in one kernel.
 
     Args:
-        x, weight, granularity, epsilon, residual, residual_multiplier, dtype: as in the reference; not "tensor".
+        x, weight, granularity, epsilon, residual, residual_multiplier, dtype: as in the reference;
+        not "tensor".
         scale_layout: layout of group scales, `[m, groups]` or `[groups, m]`.
-        keep: whether the normalised rows are written beside their codes, for who reads them as they are (a router).
+        keep: whether the normalised rows are written beside their codes, for who reads them as they
+            are (a router).
         config: `default_config` if None.
         interpret: run on the CPU, to check the mathematics.
     Returns:
-        stream, codes and scales as in the reference; the normalised rows `[m, h]` behind them if they are kept.
+        stream, codes and scales as in the reference; the normalised rows `[m, h]` behind them if
+        they are kept.
     Raises:
-        NotImplementedError: `supported` says why.
+        NotImplementedError: `why_not` says why.
         ValueError: shapes, dtypes or config that do not belong together.
     """
     from jax.experimental import pallas as pl
@@ -100,12 +104,15 @@ def rms_norm_quantize_triton(
 
     *_, m, h = x.shape
     dtype = jnp.dtype(x.dtype if x.ndim == 2 else dtype)
-    if reason := supported(m, h, dtype, granularity):
+    if reason := why_not(m, h, dtype, granularity):
         raise NotImplementedError(f"rms_norm_quantize: {reason}")
-    if weight.shape != (h,) or (residual is not None and (residual.shape, residual.dtype) != ((m, h), dtype)):
+    if weight.shape != (h,) or (
+        residual is not None and (residual.shape, residual.dtype) != ((m, h), dtype)
+    ):
         raise ValueError(
-            f"rms_norm_quantize: x is [{m}, {h}] {dtype.name}, so weight must be [{h}] and residual [{m}, {h}] {dtype.name}; "
-            f"got weight {weight.shape} and residual {None if residual is None else (residual.shape, residual.dtype.name)}"
+            f"rms_norm_quantize: x is [{m}, {h}] {dtype.name}, so weight must be [{h}] and "
+            f"residual [{m}, {h}] {dtype.name}; got weight {weight.shape} and residual "
+            f"{None if residual is None else (residual.shape, residual.dtype.name)}"
         )
     config = config or default_config(m, h)
     config.check(h, "token")
@@ -118,19 +125,30 @@ def rms_norm_quantize_triton(
         rows, cols = quantize.tile_indices(config)
         inside = (rows < m) & (cols < h)
         # Loaded before it is needed: behind the sum's barrier its latency would add to that of x.
-        weight_of_channel = plgpu.load(weight_ref.at[cols], mask=cols < h, other=0.0).astype(jnp.float32)
+        weight_of_channel = plgpu.load(weight_ref.at[cols], mask=cols < h, other=0.0).astype(
+            jnp.float32
+        )
         stream = quantize.load_activation(x_ref, rows, cols, inside, dtype)
         if residual is not None:
             residual_ref = optional.pop(0)
             if residual_multiplier != 1:
-                stream = (stream * jnp.float32(residual_multiplier)).astype(dtype).astype(jnp.float32)
-            stream = plgpu.load(residual_ref.at[rows, cols], mask=inside, other=0.0).astype(jnp.float32) + stream
+                stream = (
+                    (stream * jnp.float32(residual_multiplier)).astype(dtype).astype(jnp.float32)
+                )
+            stream = (
+                plgpu.load(residual_ref.at[rows, cols], mask=inside, other=0.0).astype(jnp.float32)
+                + stream
+            )
             stream = stream.astype(dtype).astype(jnp.float32)
         if writes_stream:
             plgpu.store(optional.pop(0).at[rows, cols], stream.astype(dtype), mask=inside)
         # Columns outside are 0 and add nothing, so the sum is divided by h, not by the block.
         mean_square = jnp.sum(stream * stream, axis=1) * jnp.float32(1 / h)
-        normalised = (stream * lax.rsqrt(mean_square + jnp.float32(epsilon))[:, None]).astype(dtype).astype(jnp.float32)
+        normalised = (
+            (stream * lax.rsqrt(mean_square + jnp.float32(epsilon))[:, None])
+            .astype(dtype)
+            .astype(jnp.float32)
+        )
         y = (normalised * weight_of_channel).astype(dtype)
         if writes_rows:
             plgpu.store(optional.pop(0).at[rows, cols], y, mask=inside)
@@ -150,11 +168,15 @@ def rms_norm_quantize_triton(
     return stream, codes, scale, *written
 
 
-def supported(m: int, h: int, dtype: jax.typing.DTypeLike, granularity: ActivationGranularity) -> str | None:
+def why_not(
+    m: int, h: int, dtype: jax.typing.DTypeLike, granularity: ActivationGranularity
+) -> str | None:
     """Why there is no kernel for this case, or None if there is one."""
     if h > quantize.MAX_ROW:
-        return f"h = {h}: a program holds a whole row in registers, at most {quantize.MAX_ROW} values"
-    return quantize.supported(m, h, dtype, granularity)
+        return (
+            f"h = {h}: a program holds a whole row in registers, at most {quantize.MAX_ROW} values"
+        )
+    return quantize.why_not(m, h, dtype, granularity)
 
 
 def default_config(m: int, h: int) -> Config:

@@ -1,18 +1,20 @@
-"""Rotate a new token's queries and keys, and write its keys and values into the cache, in one kernel.
+"""Rotate a new token's queries and keys, and write its keys and values into the cache, in one
+kernel.
 
     qkv [b, (h + 2·kv_heads) · d]  ->  q [b, h, d] turned;  k turned and v as it is at cache[b, :, positions[b], :]
 
     [x₁ x₂ rest]  ->  [x₁·cos − x₂·sin,  x₂·cos + x₁·sin,  rest]        x₁, x₂ of rotary_dim / 2 channels each, in float32
 
-The caches `[b, kv_heads, s, d]` are updated in place: input and output of the kernel are one buffer, of which only
-the touched rows are written. Donate the caches to the enclosing `jax.jit`; otherwise XLA copies them first to keep
-the caller's arrays as they were. cos and sin come ready-made, since all layers share them and an accurate cosine of a
-large angle is long code. What some families do to q and k before they turn is done on the way: clipping (OLMo), and
-RMSNorm over each head (Qwen3). qkv may also be the float32 partial sums of a split-K product. Source: the rotation of
-`rotary_embedding.py`.
+The caches `[b, kv_heads, s, d]` are updated in place: input and output of the kernel are one
+buffer, of which only the touched rows are written. Donate the caches to the enclosing `jax.jit`;
+otherwise XLA copies them first to keep the caller's arrays as they were. cos and sin come
+ready-made, since all layers share them and an accurate cosine of a large angle is long code. What
+some families do to q and k before they turn is done on the way: clipping (OLMo), and RMSNorm over
+each head (Qwen3). qkv may also be the float32 partial sums of a split-K product. Source: the
+rotation of `rotary_embedding.py`.
 
-A program takes one row and one key-value head: its query heads and the key are the rows of one tile, so that they
-turn together.
+A program takes one row and one key-value head: its query heads and the key are the rows of one
+tile, so that they turn together.
 """
 
 import functools
@@ -55,10 +57,12 @@ def rope_cache_reference(
     """The specification.
 
     Args:
-        qkv: bfloat16, float16 or float32 `[b, (h + 2·kv_heads) · d]`, or float32 partial sums `[splits, b, …]` of it.
+        qkv: bfloat16, float16 or float32 `[b, (h + 2·kv_heads) · d]`, or float32 partial sums
+            `[splits, b, …]` of it.
         cos, sin: float32 `[b, rotary_dim / 2]`.
         key_cache, value_cache: float `[b, kv_heads, s, d]`.
-        positions: int32 `[b]`, where each row's key and value go; a row whose position is outside the cache writes nothing.
+        positions: int32 `[b]`, where each row's key and value go; a row whose position is outside
+            the cache writes nothing.
         q_norm, k_norm: float `[d]`, weights of an RMSNorm over each head; None for no norm.
         epsilon: added to that norm's mean square.
         clip: q, k and v are clipped to ± this; None for no clipping.
@@ -83,7 +87,9 @@ def rope_cache_reference(
         return jnp.concatenate([x1 * c - x2 * s, x2 * c + x1 * s, rest], axis=-1).astype(qkv.dtype)
 
     rows, places = jnp.arange(b), jnp.where(positions < 0, s, positions)
-    key_cache = key_cache.at[rows, :, places].set(turned(k, k_norm).astype(key_cache.dtype), mode="drop")
+    key_cache = key_cache.at[rows, :, places].set(
+        turned(k, k_norm).astype(key_cache.dtype), mode="drop"
+    )
     value_cache = value_cache.at[rows, :, places].set(v.astype(value_cache.dtype), mode="drop")
     return turned(q, q_norm), key_cache, value_cache
 
@@ -108,13 +114,14 @@ def rope_cache_triton(
     """The same in one kernel, in place where the caches are donated.
 
     Args:
-        qkv, cos, sin, key_cache, value_cache, positions, q_norm, k_norm, epsilon, clip, dtype: as in the reference.
+        qkv, cos, sin, key_cache, value_cache, positions, q_norm, k_norm, epsilon, clip, dtype: as
+        in the reference.
         config: `default_config` if None.
         interpret: run on the CPU, to check the mathematics.
     Returns:
         q and both caches as in the reference.
     Raises:
-        NotImplementedError: `supported` says why.
+        NotImplementedError: `why_not` says why.
         ValueError: shapes that do not belong together.
     """
     from jax.experimental import pallas as pl
@@ -125,7 +132,7 @@ def rope_cache_triton(
     dtype = jnp.dtype(qkv.dtype if qkv.ndim == 2 else dtype)
     h, half = width // d - 2 * kv_heads, cos.shape[1]
     _check_shapes(qkv, cos, sin, key_cache, value_cache, positions, q_norm, k_norm)
-    if reason := supported(h, d, kv_heads, dtype, key_cache.dtype):
+    if reason := why_not(h, d, kv_heads, dtype, key_cache.dtype):
         raise NotImplementedError(f"rope_cache: {reason}")
     config = config or default_config()
     group = h // kv_heads
@@ -133,9 +140,11 @@ def rope_cache_triton(
     normalises = q_norm is not None
 
     def kernel(*refs):
-        # [b, (h + 2·kv_heads) · d] or [splits, b, …]; [b, half] float32 twice; [b] int32; [d] twice if q and k are normalised
+        # [b, (h + 2·kv_heads) · d] or [splits, b, …]; [b, half] float32 twice; [b] int32; [d] twice
+        # if q and k are normalised
         qkv_ref, cos_ref, sin_ref, positions_ref, *norm_refs = refs[: 6 if normalises else 4]
-        # [b, h, d]; [b, kv_heads, s, d] twice. The caches come as inputs too, for their buffers' sake.
+        # [b, h, d]; [b, kv_heads, s, d] twice. The caches come as inputs too, for their buffers'
+        # sake.
         q_ref, key_ref, value_ref = refs[-3:]
         row, kv_head = pl.program_id(0), pl.program_id(1)
         position = plgpu.load(positions_ref.at[row])
@@ -146,7 +155,8 @@ def rope_cache_triton(
         head = jnp.where(is_query, query_head, h + kv_head)
 
         def load(first: int, size: int) -> tuple[jax.Array, ...]:
-            """Channels `first` to `first + size` of the tile's heads: values, norm weights, numbers, and which are real."""
+            """Channels `first` to `first + size` of the tile's heads: values, norm weights,
+            numbers, and which are real."""
             channels = jnp.arange(power_of_two(size), dtype=jnp.int32)[None, :]
             inside = (channels < size) & (is_query | is_key)
             channels = jnp.broadcast_to(channels + first, inside.shape)
@@ -154,17 +164,26 @@ def rope_cache_triton(
             x = quantize.load_activation(qkv_ref, rows, head * d + channels, inside, dtype)
             weight = x
             if normalises:
-                of_query, of_key = (plgpu.load(ref.at[channels], mask=inside, other=0.0) for ref in norm_refs)
+                of_query, of_key = (
+                    plgpu.load(ref.at[channels], mask=inside, other=0.0) for ref in norm_refs
+                )
                 weight = jnp.where(is_query, of_query, of_key).astype(jnp.float32)
             return _clipped(x, clip, dtype), weight, channels, inside
 
         def normalised(x, weight, factor):
-            return ((x * factor).astype(dtype).astype(jnp.float32) * weight).astype(dtype).astype(jnp.float32)
+            return (
+                ((x * factor).astype(dtype).astype(jnp.float32) * weight)
+                .astype(dtype)
+                .astype(jnp.float32)
+            )
 
         def store(x, channels, inside):
-            plgpu.store(q_ref.at[row, query_head, channels], x.astype(dtype), mask=inside & is_query)
-            # Only the key's row of the tile passes the mask. The others name a position outside, because interpret mode
-            # writes old values back to where a mask is False, and that must not be the key's place.
+            plgpu.store(
+                q_ref.at[row, query_head, channels], x.astype(dtype), mask=inside & is_query
+            )
+            # Only the key's row of the tile passes the mask. The others name a position outside,
+            # because interpret mode writes old values back to where a mask is False, and that must
+            # not be the key's place.
             positions = jnp.broadcast_to(jnp.where(is_key & in_cache, position, s), channels.shape)
             key_place = key_ref.at[row, jnp.full_like(channels, kv_head), positions, channels]
             plgpu.store(key_place, x.astype(key_cache.dtype), mask=inside & is_key & in_cache)
@@ -190,7 +209,9 @@ def rope_cache_triton(
         first = jnp.full_like(channels, (h + kv_heads) * d) + kv_head * d
         value_row = jnp.full_like(channels, row)
         value = quantize.load_activation(qkv_ref, value_row, first + channels, channels < d, dtype)
-        value_place = value_ref.at[row, jnp.full_like(channels, kv_head), jnp.full_like(channels, position), channels]
+        value_place = value_ref.at[
+            row, jnp.full_like(channels, kv_head), jnp.full_like(channels, position), channels
+        ]
         value = _clipped(value, clip, dtype).astype(value_cache.dtype)
         plgpu.store(value_place, value, mask=(channels < d) & in_cache)
 
@@ -212,13 +233,15 @@ def rope_cache_triton(
     return q, key_cache, value_cache
 
 
-def supported(
+def why_not(
     h: int, d: int, kv_heads: int, dtype: jax.typing.DTypeLike, cache_dtype: jax.typing.DTypeLike
 ) -> str | None:
     """Why there is no kernel for this case, or None if there is one."""
     for what, given in (("activations are", dtype), ("the cache is", cache_dtype)):
         if jnp.dtype(given).name not in ACTIVATION_DTYPES:
-            return f"{what} {jnp.dtype(given).name}, the kernel takes {', '.join(ACTIVATION_DTYPES)}"
+            return (
+                f"{what} {jnp.dtype(given).name}, the kernel takes {', '.join(ACTIVATION_DTYPES)}"
+            )
     if h < 1 or h % kv_heads:
         return f"{h} query heads do not share {kv_heads} key-value heads evenly"
     if power_of_two(h // kv_heads + 1) * power_of_two(d) > 32768:
@@ -227,7 +250,8 @@ def supported(
 
 
 def default_config() -> Config:
-    """Four warps: a program is so short that its time is that of its first load, whatever the shape."""
+    """Four warps: a program is so short that its time is that of its first load, whatever the
+    shape."""
     return Config(num_warps=4)
 
 
@@ -246,16 +270,28 @@ def _check_shapes(qkv, cos, sin, key_cache, value_cache, positions, q_norm, k_no
     *_, b, width = qkv.shape
     problems = []
     if key_cache.ndim != 4 or key_cache.shape != value_cache.shape or key_cache.shape[0] != b:
-        problems.append(f"both caches must be [{b}, kv_heads, s, d], got {key_cache.shape} and {value_cache.shape}")
+        problems.append(
+            f"both caches must be [{b}, kv_heads, s, d], got {key_cache.shape} and "
+            f"{value_cache.shape}"
+        )
     d = key_cache.shape[-1]
     if width % d:
         problems.append(f"qkv must hold whole heads of {d} channels, got a width of {width}")
-    if cos.shape != sin.shape or cos.ndim != 2 or cos.shape[0] != b or not 0 < 2 * cos.shape[1] <= d:
-        problems.append(f"cos and sin must be [{b}, at most {d // 2}], got {cos.shape} and {sin.shape}")
+    if (
+        cos.shape != sin.shape
+        or cos.ndim != 2
+        or cos.shape[0] != b
+        or not 0 < 2 * cos.shape[1] <= d
+    ):
+        problems.append(
+            f"cos and sin must be [{b}, at most {d // 2}], got {cos.shape} and {sin.shape}"
+        )
     if positions.shape != (b,):
         problems.append(f"positions must be [{b}], got {positions.shape}")
     norms = [None if norm is None else norm.shape for norm in (q_norm, k_norm)]
     if norms not in ([None, None], [(d,), (d,)]):
-        problems.append(f"q_norm and k_norm must both be [{d}] or both None, got {norms[0]} and {norms[1]}")
+        problems.append(
+            f"q_norm and k_norm must both be [{d}] or both None, got {norms[0]} and {norms[1]}"
+        )
     if problems:
         raise ValueError(f"rope_cache: {'; '.join(problems)}")

@@ -1,14 +1,16 @@
 """FP8 product with one scale a row and one scale a matrix or output channel.
 
-    out[m, n] = (Σ_k x[m, k] · w[n, k]) · x_scale[m] · w_scale[n] + bias[n]
+    out[m, n] = (Σ_k x[m, k] Â· w[n, k]) Â· x_scale[m] Â· w_scale[n] + bias[n]
 
-The sum runs over e4m3 codes with a float32 accumulator; scales, bias and the cast come once, at the end, the scales in an order
-that keeps every finite result finite (`matmul_tiles.scaled`). The weight
-is `[n, k]` as in the checkpoint: both operands are contiguous in k, which is what FP8 tensor cores read. Source:
-vLLM's CUTLASS epilogue (`cutlass_scaled_mm`), with the bias added before the cast.
+The sum runs over e4m3 codes with a float32 accumulator; scales, bias and the cast come once, at the
+end, the scales in an order that keeps every finite result finite (`matmul_tiles.scaled`). The
+weight is `[n, k]` as in the checkpoint: both operands are contiguous in k, which is what FP8 tensor
+cores read. Source: vLLM's CUTLASS epilogue (`cutlass_scaled_mm`), with the bias added before the
+cast.
 
-The kernel works for every k; where k is no multiple of 16, rows start at unaligned addresses and its copies shrink to
-a few bytes, so pad codes of both operands with zeros to a multiple of 16 once, rather than pay in each call.
+The kernel works for every k; where k is no multiple of 16, rows start at unaligned addresses and
+its copies shrink to a few bytes, so pad codes of both operands with zeros to a multiple of 16 once,
+rather than pay in each call.
 """
 
 import functools
@@ -19,8 +21,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from fp8jax.pallas_kernels import matmul_config, matmul_tiles, widened_dot
-from fp8jax.pallas_kernels.fp8_dot import fp8_dot
 from fp8jax.pallas_kernels.matmul_config import Config
+from fp8jax.pallas_kernels.primitives import fp8_dot
 
 PROMOTE_EVERY = 128
 _STATIC = ("out_dtype", "config", "interpret")
@@ -47,7 +49,9 @@ def scaled_matmul_reference(
     Returns:
         `[m, n]`.
     """
-    out = matmul_tiles.scaled(_product_of_codes(x, w), x_scale.reshape(-1, 1), w_scale.reshape(1, -1))
+    out = matmul_tiles.scaled(
+        _product_of_codes(x, w), x_scale.reshape(-1, 1), w_scale.reshape(1, -1)
+    )
     if bias is not None:
         out = out + bias.astype(jnp.float32)[None, :]
     return out.astype(out_dtype)
@@ -75,7 +79,7 @@ def scaled_matmul_triton(
     Returns:
         `[m, n]`.
     Raises:
-        NotImplementedError: `supported` says why.
+        NotImplementedError: `why_not` says why.
         ValueError: shapes, dtypes or a config that do not fit.
     """
     partials = _run(x, x_scale, w, w_scale, bias, out_dtype, config, interpret)
@@ -93,7 +97,8 @@ def scaled_matmul_partials(
     config: Config | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """The partial sums of the splits, scaled and with the bias, for a next kernel that adds them up itself.
+    """The partial sums of the splits, scaled and with the bias, for a next kernel that adds them up
+    itself.
 
     Args:
         x, x_scale, w, w_scale, bias, config, interpret: as for `scaled_matmul_triton`.
@@ -105,14 +110,14 @@ def scaled_matmul_partials(
     return _run(x, x_scale, w, w_scale, bias, jnp.float32, config, interpret)
 
 
-def supported(device_kind: str, m: int, n: int, k: int) -> str | None:
+def why_not(device_kind: str, m: int, n: int, k: int) -> str | None:
     """Why the kernel does not run there, or None.
 
     Args:
         device_kind: of the JAX device.
         m, n, k: rows, outputs, inputs.
     """
-    return matmul_config.unsupported(device_kind, m, n, k)
+    return matmul_config.why_not(device_kind, m, n, k)
 
 
 def default_config(device_kind: str, m: int, n: int, k: int) -> Config:
@@ -120,7 +125,9 @@ def default_config(device_kind: str, m: int, n: int, k: int) -> Config:
     return matmul_config.default_scaled_config(device_kind, m, n, k)
 
 
-def _run(x, x_scale, w, w_scale, bias, out_dtype, config: Config | None, interpret: bool) -> jax.Array:
+def _run(
+    x, x_scale, w, w_scale, bias, out_dtype, config: Config | None, interpret: bool
+) -> jax.Array:
     matmul_tiles.check_operands("scaled_matmul", x, w, bias, out_dtype)
     (m, k), n = x.shape, w.shape[0]
     if x_scale.size not in (1, m) or w_scale.size not in (1, n):
@@ -130,16 +137,22 @@ def _run(x, x_scale, w, w_scale, bias, out_dtype, config: Config | None, interpr
         )
     if m == 0:
         return jnp.zeros((1, 0, n), out_dtype)
-    config = matmul_tiles.checked_config("scaled_matmul", m, n, k, config, default_config, interpret)
+    config = matmul_tiles.checked_config(
+        "scaled_matmul", m, n, k, config, default_config, interpret
+    )
     problem = matmul_tiles.Problem(m, n, k, config)
-    kernel = kernel_of(problem, scale_per_row=x_scale.size == m, scale_per_channel=w_scale.size == n)
+    kernel = kernel_of(
+        problem, scale_per_row=x_scale.size == m, scale_per_channel=w_scale.size == n
+    )
     operands = [x, x_scale.reshape(-1), w, w_scale.reshape(-1)] + ([] if bias is None else [bias])
     return matmul_tiles.launch(
         kernel, problem, operands, out_dtype=out_dtype, name="scaled_matmul", interpret=interpret
     )
 
 
-def kernel_of(problem: matmul_tiles.Problem, *, scale_per_row: bool, scale_per_channel: bool) -> Callable[..., None]:
+def kernel_of(
+    problem: matmul_tiles.Problem, *, scale_per_row: bool, scale_per_channel: bool
+) -> Callable[..., None]:
     """The kernel, for arrays that are at least as large as the problem says."""
     config, m, n = problem.config, problem.m, problem.n
 
@@ -151,10 +164,14 @@ def kernel_of(problem: matmul_tiles.Problem, *, scale_per_row: bool, scale_per_c
         *rest,  # bias [n], if there is one; out [splits * m, n]
     ):
         tile = matmul_tiles.tile_of_program(problem)
-        out = matmul_tiles.accumulate(problem, tile, x_ref, w_ref, functools.partial(_add_step, config))
+        out = matmul_tiles.accumulate(
+            problem, tile, x_ref, w_ref, functools.partial(_add_step, config)
+        )
         rows = matmul_tiles.clamped(tile.rows, m, config.block_m)
         columns = matmul_tiles.clamped(tile.columns, n, config.block_n)
-        of_rows = matmul_tiles.along_rows(config, x_scale_ref[rows] if scale_per_row else x_scale_ref[0])
+        of_rows = matmul_tiles.along_rows(
+            config, x_scale_ref[rows] if scale_per_row else x_scale_ref[0]
+        )
         of_columns = w_scale_ref[columns] if scale_per_channel else w_scale_ref[0]
         out = matmul_tiles.scaled(out, of_rows, matmul_tiles.along_columns(config, of_columns))
         if len(rest) == 2:
@@ -173,8 +190,8 @@ def _add_step(config: Config, left, right, acc, step, carried):
 
 
 def _product_of_codes(x: jax.Array, w: jax.Array) -> jax.Array:
-    # e4m3 values and their products are exact in bfloat16 operands with a float32 accumulator, so a GPU need not spend
-    # float32 on them; CPUs are faster in float32.
+    # e4m3 values and their products are exact in bfloat16 operands with a float32 accumulator, so a
+    # GPU need not spend float32 on them; CPUs are faster in float32.
     return lax.platform_dependent(
         x,
         w,

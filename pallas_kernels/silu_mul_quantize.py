@@ -3,11 +3,12 @@
     y = round( gate · sigmoid(gate) · up )       (float32, rounded once to the activation dtype)
     codes, scale = quantize(y)
 
-gate and up lie side by side, `[m, 2i]`, as the fused gate_up projection writes them. Unfused, y is written and read
-back once more: with the fusion the op reads 2i values a row and writes i bytes. Rounding y to the activation dtype
-costs nothing and makes the fused result that of the unfused one. gate_up may also be the float32 partial sums
-`[splits, m, 2i]` of a split-K product. Works for the rows of experts as well as for those of an MLP. Source: the
-gated MLP of Llama (transformers' `LlamaMLP`).
+gate and up lie side by side, `[m, 2i]`, as the fused gate_up projection writes them. Unfused, y is
+written and read back once more: with the fusion the op reads 2i values a row and writes i bytes.
+Rounding y to the activation dtype costs nothing and makes the fused result that of the unfused one.
+gate_up may also be the float32 partial sums `[splits, m, 2i]` of a split-K product. Works for the
+rows of experts as well as for those of an MLP. Source: the gated MLP of Llama (transformers'
+`LlamaMLP`).
 """
 
 import functools
@@ -16,17 +17,21 @@ import jax
 import jax.numpy as jnp
 
 from fp8jax.pallas_kernels import quantize
+from fp8jax.pallas_kernels.formats import ActivationGranularity
 from fp8jax.pallas_kernels.quantize import Config, ScaleLayout
-from fp8jax.schemes import ActivationGranularity
 
 
 def silu_mul_quantize_reference(
-    gate_up: jax.Array, granularity: ActivationGranularity, *, dtype: jax.typing.DTypeLike | None = None
+    gate_up: jax.Array,
+    granularity: ActivationGranularity,
+    *,
+    dtype: jax.typing.DTypeLike | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The specification.
 
     Args:
-        gate_up: bfloat16, float16 or float32 `[m, 2i]`, or float32 partial sums `[splits, m, 2i]` of it.
+        gate_up: bfloat16, float16 or float32 `[m, 2i]`, or float32 partial sums `[splits, m, 2i]`
+            of it.
         granularity: "token", "group" or "tensor", see `quantize.py`.
         dtype: the activation dtype, needed for partial sums only.
     Returns:
@@ -38,7 +43,9 @@ def silu_mul_quantize_reference(
     return quantize.quantize_activation_reference(y, granularity)
 
 
-@functools.partial(jax.jit, static_argnames=("granularity", "dtype", "scale_layout", "config", "interpret"))
+@functools.partial(
+    jax.jit, static_argnames=("granularity", "dtype", "scale_layout", "config", "interpret")
+)
 def silu_mul_quantize_triton(
     gate_up: jax.Array,
     granularity: ActivationGranularity,
@@ -58,7 +65,7 @@ def silu_mul_quantize_triton(
     Returns:
         codes and scales as in the reference.
     Raises:
-        NotImplementedError: `supported` says why.
+        NotImplementedError: `why_not` says why.
         ValueError: an odd width, or a config that does not fit the shape.
     """
     from jax.experimental import pallas as pl
@@ -69,7 +76,7 @@ def silu_mul_quantize_triton(
         raise ValueError(f"silu_mul_quantize: gate_up must be [m, 2i], got an odd width of {width}")
     i = width // 2
     dtype = jnp.dtype(gate_up.dtype if gate_up.ndim == 2 else dtype)
-    if reason := supported(m, i, dtype, granularity):
+    if reason := why_not(m, i, dtype, granularity):
         raise NotImplementedError(f"silu_mul_quantize: {reason}")
     config = config or default_config(m, i, granularity)
     config.check(i, granularity)
@@ -96,9 +103,11 @@ def silu_mul_quantize_triton(
     )(gate_up)
 
 
-def supported(m: int, i: int, dtype: jax.typing.DTypeLike, granularity: ActivationGranularity) -> str | None:
+def why_not(
+    m: int, i: int, dtype: jax.typing.DTypeLike, granularity: ActivationGranularity
+) -> str | None:
     """Why there is no kernel for this case, or None if there is one."""
-    return quantize.supported(m, i, dtype, granularity)
+    return quantize.why_not(m, i, dtype, granularity)
 
 
 def default_config(m: int, i: int, granularity: ActivationGranularity) -> Config:

@@ -1,15 +1,18 @@
-"""Tuned tables: for a device and an operation, which config was the fastest on which shape, and how it was measured.
+"""Tuned tables: for a device and an operation, which config was the fastest on which shape, and how
+it was measured.
 
     pallas_kernels/tuned/<device>/<op>.json        {"device": ..., "op": ..., "entries": [...]}
 
-An entry carries its measurement, the XLA path's time on the same shape where that was taken, the versions and the
-date: a config without them is an opinion. `scripts/tune_kernels.py` writes the tables; `ops` reads them.
+An entry carries its measurement, the XLA path's time on the same shape where that was taken, the
+versions and the date: a config without them is an opinion. `scripts/tune_kernels.py` writes the
+tables; `ops` reads them.
 
 A shape is named numbers, `{"m": 16, "n": 4096, "k": 4096}`, and words that must match exactly
-(`{"granularity": "token"}`). Distance between two shapes is counted in octaves, log2 of the ratio, and the largest of
-them counts: m = 48 is 0.6 octaves from 32 and takes its config. A shape more than an octave from every entry has no
-tuned config: a measurement says little about it. Of entries at the same distance the one wins whose sizes, as they are,
-differ least in all. Two sizes and one number are not taken as they are:
+(`{"granularity": "token"}`). Distance between two shapes is counted in octaves, log2 of the ratio,
+and the largest of them counts: m = 48 is 0.6 octaves from 32 and takes its config. A shape more
+than an octave from every entry has no tuned config: a measurement says little about it. Of entries
+at the same distance the one wins whose sizes, as they are, differ least in all. Two sizes and one
+number are not taken as they are:
 
     m            Up to 16 rows are one tile, so m below 16 counts as 16.
     slots        (rows that meet `experts`) A tile is 16 slots of one expert, and each tile reads its expert's weights, which is
@@ -41,7 +44,8 @@ class Entry:
         shape: sizes by name (int), and words that must match exactly.
         config: fields of the operation's `Config`.
         microseconds: median time of the kernel with this config.
-        xla_microseconds: median time of the XLA path on the same shape; None where it was not taken.
+        xla_microseconds: median time of the XLA path on the same shape; None where it was not
+            taken.
         candidates: how many configs were timed.
         versions: of packages, by name.
         date: ISO date of the measurement.
@@ -89,11 +93,14 @@ def load(device_kind: str, op: str, *, folder: Path = TUNED) -> tuple[Entry, ...
         return tuple(Entry(**entry) for entry in table["entries"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{path}: not a tuned table for {op} on {device_kind!r} ({error}); write it with scripts/tune_kernels.py"
+            f"{path}: not a tuned table for {op} on {device_kind!r} ({error}); write it with "
+            "scripts/tune_kernels.py"
         ) from error
 
 
-def nearest(entries: Iterable[Entry], shape: Mapping[str, int | str], *, within: float = 1.0) -> Entry | None:
+def nearest(
+    entries: Iterable[Entry], shape: Mapping[str, int | str], *, within: float = 1.0
+) -> Entry | None:
     """The entry whose shape is nearest, None if none is within so many octaves.
 
     Args:
@@ -115,7 +122,9 @@ def save(device_kind: str, op: str, entries: Iterable[Entry], *, folder: Path = 
     Where two entries have the same shape, the later one stays.
     """
     by_shape = {tuple(sorted(entry.shape.items(), key=str)): entry for entry in entries}
-    ordered = sorted(by_shape.values(), key=lambda entry: [(isinstance(v, str), v) for v in entry.shape.values()])
+    ordered = sorted(
+        by_shape.values(), key=lambda entry: [(isinstance(v, str), v) for v in entry.shape.values()]
+    )
     path = table_path(device_kind, op, folder=folder)
     path.parent.mkdir(parents=True, exist_ok=True)
     table = {"device": device_kind, "op": op, "entries": [asdict(entry) for entry in ordered]}
@@ -126,8 +135,11 @@ def save(device_kind: str, op: str, entries: Iterable[Entry], *, folder: Path = 
     return path
 
 
-def _octaves(tuned: Mapping[str, int | str], wanted: Mapping[str, int | str]) -> tuple[float, float] | None:
-    """The largest distance, and the sum of those of the sizes as they are; None where the two are not comparable."""
+def _octaves(
+    tuned: Mapping[str, int | str], wanted: Mapping[str, int | str]
+) -> tuple[float, float] | None:
+    """The largest distance, and the sum of those of the sizes as they are; None where the two are
+    not comparable."""
     if tuned.keys() != wanted.keys():
         return None
     largest = total = 0.0

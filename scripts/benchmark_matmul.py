@@ -1,4 +1,5 @@
-"""How fast the FP8 matmuls are, beside XLA's in BF16 and cuBLASLt's in FP8, on the layers of Llama-3.1.
+"""How fast the FP8 matmuls are, beside XLA's in BF16 and cuBLASLt's in FP8, on the layers of
+Llama-3.1.
 
     python scripts/benchmark_matmul.py --shapes llama-3.1-8b --m 1,16,2048,4096 --json scripts/results/h200/matmul.json
     JAX_PLATFORMS=cpu python scripts/benchmark_matmul.py --shapes tiny      # no speed, shows that all of it runs
@@ -9,9 +10,9 @@
     …_with_quantize          the same with the quantization of the activations before it
     quantize_token, _group   that quantization alone
 
-Roofline: the data sheet's peak of the operands' type or the memory bandwidth, whichever binds; each input is counted
-as read once and each output as written once. `fp8jax.benchmarking` says how time is taken. On a CPU the kernels run
-interpreted and times mean nothing.
+Roofline: the data sheet's peak of the operands' type or the memory bandwidth, whichever binds; each
+input is counted as read once and each output as written once. `fp8jax.devtools.benchmarking` says
+how time is taken. On a CPU the kernels run interpreted and times mean nothing.
 """
 
 import dataclasses
@@ -29,18 +30,20 @@ from jax import lax
 from rich.console import Console
 from rich.table import Table
 
-from fp8jax import benchmarking
-from fp8jax.benchmarking import Contender, Deadline, ResultFile
+from fp8jax.devtools import benchmarking
+from fp8jax.devtools.benchmarking import Contender, Deadline, ResultFile
+from fp8jax.devtools.offline_programs import LINEAR_SHAPES
+from fp8jax.devtools.offline_targets import TARGETS
 from fp8jax.pallas_kernels import block_scaled_matmul, matmul_config, scaled_matmul, tuning
+from fp8jax.pallas_kernels.formats import BLOCK
 from fp8jax.pallas_kernels.matmul_config import Config
 from fp8jax.pallas_kernels.matmul_tiles import current_device_kind
-from fp8jax.pallas_kernels.offline_programs import LINEAR_SHAPES
-from fp8jax.pallas_kernels.offline_targets import TARGETS
 from fp8jax.pallas_kernels.quantize import quantize_activation_triton
-from fp8jax.schemes import BLOCK
 
 SHAPES = {**LINEAR_SHAPES, "tiny": {"square": (256, 256)}}
-CODE_SPREAD = 80.0  # standard deviation of the codes: the largest of a big normal matrix then lies near 448
+CODE_SPREAD = (
+    80.0  # standard deviation of the codes: the largest of a big normal matrix then lies near 448
+)
 
 # Options that the benchmarks of products have in common.
 Only = Annotated[str, typer.Option(help="Contenders to time; all by default.")]
@@ -61,15 +64,25 @@ def contenders(m: int, n: int, k: int) -> Iterator[tuple[str, Contender]]:
         return functools.partial(maker, m=m, n=n, k=k, **options)
 
     moved = 2 * (m * k + n * k) + out
-    yield "bf16", Contender(operands="bf16", make=made(_bf16), run=_product, flops=flops, bytes_moved=moved)
+    yield (
+        "bf16",
+        Contender(operands="bf16", make=made(_bf16), run=_product, flops=flops, bytes_moved=moved),
+    )
     if on_gpu and m > 1:  # with one row there is no such call, and no FP8 preset either
-        preset = functools.partial(_product, precision=lax.DotAlgorithmPreset.ANY_F8_ANY_F8_F32_FAST_ACCUM)
-        yield "cublaslt_fp8", contender(make=made(_codes), run=preset, bytes_moved=m * k + n * k + out)
+        preset = functools.partial(
+            _product, precision=lax.DotAlgorithmPreset.ANY_F8_ANY_F8_F32_FAST_ACCUM
+        )
+        yield (
+            "cublaslt_fp8",
+            contender(make=made(_codes), run=preset, bytes_moved=m * k + n * k + out),
+        )
 
     kind, sizes = config_kind(), {"m": m, "n": n, "k": k}
     configs = {
-        "per_tensor": tuned_config("scaled_matmul", sizes) or scaled_matmul.default_config(kind, m, n, k),
-        "per_block": tuned_config("block_scaled_matmul", sizes) or block_scaled_matmul.default_config(kind, m, n, k),
+        "per_tensor": tuned_config("scaled_matmul", sizes)
+        or scaled_matmul.default_config(kind, m, n, k),
+        "per_block": tuned_config("block_scaled_matmul", sizes)
+        or block_scaled_matmul.default_config(kind, m, n, k),
     }
     promoted = matmul_config.default_scaled_config(kind, m, n, k, precise=True)
     if promoted.promotion != configs["per_tensor"].promotion:
@@ -77,7 +90,9 @@ def contenders(m: int, n: int, k: int) -> Iterator[tuple[str, Contender]]:
     for name, config in configs.items():
         block = name == "per_block"
         matmul = functools.partial(
-            block_scaled_matmul.block_scaled_matmul_triton if block else scaled_matmul.scaled_matmul_triton,
+            block_scaled_matmul.block_scaled_matmul_triton
+            if block
+            else scaled_matmul.scaled_matmul_triton,
             config=config,
             interpret=not on_gpu,
             **({"x_scale_layout": "gm"} if block else {}),
@@ -92,13 +107,29 @@ def contenders(m: int, n: int, k: int) -> Iterator[tuple[str, Contender]]:
         x_scales = 4 * m * (groups if block else 1)
         fields = dataclasses.asdict(config)
         moved = m * k + x_scales + weight + out
-        yield name, contender(make=made(_quantized, block=block), run=matmul, bytes_moved=moved, config=fields)
+        yield (
+            name,
+            contender(
+                make=made(_quantized, block=block), run=matmul, bytes_moved=moved, config=fields
+            ),
+        )
         if name != "per_tensor_promoted":
             both = functools.partial(_quantize_then, quantize, matmul)
             make, moved = made(_half_quantized, block=block), 2 * m * k + weight + out
-            yield f"{name}_with_quantize", contender(make=make, run=both, bytes_moved=moved, config=fields)
+            yield (
+                f"{name}_with_quantize",
+                contender(make=make, run=both, bytes_moved=moved, config=fields),
+            )
             alone = f"quantize_{'group' if block else 'token'}"
-            yield alone, contender(make=made(_activations), run=quantize, flops=0.0, bytes_moved=3 * m * k + x_scales)
+            yield (
+                alone,
+                contender(
+                    make=made(_activations),
+                    run=quantize,
+                    flops=0.0,
+                    bytes_moved=3 * m * k + x_scales,
+                ),
+            )
 
 
 def cases_of(names: list[str], rows_of_x: list[int]) -> Iterator[tuple[dict[str, Any], Contender]]:
@@ -139,8 +170,12 @@ def table_of(
     """
     table = Table(title=f"{results.header['title']}, {results.header['device']}")
     for heading in (*fields, "", "µs", "TFLOP/s", "GB/s", "of roofline", "× BF16"):
-        table.add_column(heading, justify="left" if heading in ("shape", "routing", "") else "right")
-    ordered = sorted(zip(results.rows, faster, strict=True), key=lambda pair: [pair[0][name] for name in by])
+        table.add_column(
+            heading, justify="left" if heading in ("shape", "routing", "") else "right"
+        )
+    ordered = sorted(
+        zip(results.rows, faster, strict=True), key=lambda pair: [pair[0][name] for name in by]
+    )
     for r, ratio in ordered:
         start = [str(r[field]) if isinstance(field, str) else field(r) for field in fields.values()]
         if "error" in r:
@@ -160,16 +195,22 @@ def table_of(
 
 
 def summary(results: ResultFile) -> dict[str, Any]:
-    """Geometric means of the ratio to BF16 over the shapes, by contender, for decode and for prefill."""
+    """Geometric means of the ratio to BF16 over the shapes, by contender, for decode and for
+    prefill."""
     phases = {"decode m <= 16": range(1, 17), "prefill m >= 2048": range(2048, 1 << 30)}
     means = benchmarking.mean_ratios(results.rows, ratios(results.rows), phases, size="m")
     return {**results.header, "rows": len(results.rows), "times_bf16": means}
 
 
-def opened(script: str, json_file: Path | None, *, title: str, chosen: list[str], known: Iterable[str]) -> ResultFile:
-    """The results to go on with; ends the script with a line where a shape or the file is not right."""
+def opened(
+    script: str, json_file: Path | None, *, title: str, chosen: list[str], known: Iterable[str]
+) -> ResultFile:
+    """The results to go on with; ends the script with a line where a shape or the file is not
+    right."""
     if unknown := set(chosen) - set(known):
-        raise SystemExit(f"{script}: unknown shapes {sorted(unknown)}; choose of {', '.join(known)}")
+        raise SystemExit(
+            f"{script}: unknown shapes {sorted(unknown)}; choose of {', '.join(known)}"
+        )
     try:
         return ResultFile(json_file, title=title, device=jax.devices()[0].device_kind)
     except ValueError as error:
@@ -177,8 +218,12 @@ def opened(script: str, json_file: Path | None, *, title: str, chosen: list[str]
 
 
 def main(
-    shapes: Annotated[str, typer.Option(help=f"Comma-separated, of {', '.join(SHAPES)}.")] = "llama-3.1-8b",
-    m: Annotated[str, typer.Option(help="Rows; in this order.")] = "1,4096,16,2048,64,8192,256,1024",
+    shapes: Annotated[
+        str, typer.Option(help=f"Comma-separated, of {', '.join(SHAPES)}.")
+    ] = "llama-3.1-8b",
+    m: Annotated[
+        str, typer.Option(help="Rows; in this order.")
+    ] = "1,4096,16,2048,64,8192,256,1024",
     only: Only = "",
     samples: Samples = 5,
     minutes: Minutes = 60,
@@ -186,7 +231,9 @@ def main(
 ) -> None:
     """Time FP8 and BF16 matrix products."""
     names = parts(shapes)
-    results = opened("benchmark_matmul", json_file, title="matrix products", chosen=names, known=SHAPES)
+    results = opened(
+        "benchmark_matmul", json_file, title="matrix products", chosen=names, known=SHAPES
+    )
     cases = cases_of(names, [int(part) for part in parts(m)])
     benchmarking.measure(cases, results, Deadline(minutes), only=parts(only), samples=samples)
     Console(width=140).print(render(results))
@@ -210,10 +257,14 @@ def tuned_config(op: str, shape: Mapping[str, int | str]) -> Config | None:
 
 
 def _product(x: jax.Array, w: jax.Array, *, precision: Any = None) -> jax.Array:
-    return lax.dot_general(x, w, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.bfloat16)
+    return lax.dot_general(
+        x, w, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.bfloat16
+    )
 
 
-def _quantize_then(quantize: Callable, matmul: Callable, x: jax.Array, w: jax.Array, w_scale: jax.Array) -> jax.Array:
+def _quantize_then(
+    quantize: Callable, matmul: Callable, x: jax.Array, w: jax.Array, w_scale: jax.Array
+) -> jax.Array:
     return matmul(*quantize(x), w, w_scale)
 
 
@@ -226,7 +277,9 @@ def random_operand(key: jax.Array, shape: tuple[int, ...], dtype: str) -> jax.Ar
     return jnp.clip(values * jnp.bfloat16(CODE_SPREAD), -448, 448).astype(jnp.float8_e4m3fn)
 
 
-def _pair(key: jax.Array, m: int, n: int, k: int, x_dtype: str, w_dtype: str) -> tuple[jax.Array, jax.Array]:
+def _pair(
+    key: jax.Array, m: int, n: int, k: int, x_dtype: str, w_dtype: str
+) -> tuple[jax.Array, jax.Array]:
     of_x, of_w = jax.random.split(key)
     return random_operand(of_x, (m, k), x_dtype), random_operand(of_w, (n, k), w_dtype)
 
@@ -249,12 +302,16 @@ def _quantized(key: jax.Array, m: int, n: int, k: int, *, block: bool) -> tuple[
     return x, x_scale, w, _weight_scale(n, k, block=block)
 
 
-def _half_quantized(key: jax.Array, m: int, n: int, k: int, *, block: bool) -> tuple[jax.Array, ...]:
+def _half_quantized(
+    key: jax.Array, m: int, n: int, k: int, *, block: bool
+) -> tuple[jax.Array, ...]:
     return *_pair(key, m, n, k, "bfloat16", "float8_e4m3fn"), _weight_scale(n, k, block=block)
 
 
 def _weight_scale(n: int, k: int, *, block: bool) -> jax.Array:
-    return jnp.full((-(-n // BLOCK), -(-k // BLOCK)) if block else (1,), 1 / CODE_SPREAD, jnp.float32)
+    return jnp.full(
+        (-(-n // BLOCK), -(-k // BLOCK)) if block else (1,), 1 / CODE_SPREAD, jnp.float32
+    )
 
 
 if __name__ == "__main__":

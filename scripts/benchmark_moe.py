@@ -9,18 +9,20 @@
     block_bf16, block_per_…     all that follows the router's product: choose and sort, gate_up, silu·mul, down, weighted
                                 sum; in FP8 with the quantization of both activations
 
-gate_up reads tokens by id, down reads slot by slot and weighs the result. The list of tiles, which a model makes once when
-it routes, is an operand of the FP8 products and part of the blocks. On GPUs XLA makes one product over all experts of a
-`ragged_dot`, of e times the work (seen in what it compiles offline), so "× BF16" is relative to the faster of the two BF16
-ways; that of a block to `block_bf16`.
+gate_up reads tokens by id, down reads slot by slot and weighs the result. The list of tiles, which
+a model makes once when it routes, is an operand of the FP8 products and part of the blocks. On GPUs
+XLA makes one product over all experts of a `ragged_dot`, of e times the work (seen in what it
+compiles offline), so "× BF16" is relative to the faster of the two BF16 ways; that of a block to
+`block_bf16`.
 
     uniform     every expert is as likely as another
     zipf        expert j is as likely as 1/(j + 1)
     same        every token goes to the same top_k experts, the fewest that a batch can touch
 
-A token's experts are different ones, drawn by a fixed seed. Roofline: weights of the experts that the routing touches, x,
-scales and the result count once, and so do the products of r = tokens · top_k rows. `fp8jax.benchmarking` says how time is
-taken. On a CPU the kernels run interpreted and times mean nothing.
+A token's experts are different ones, drawn by a fixed seed. Roofline: weights of the experts that
+the routing touches, x, scales and the result count once, and so do the products of r = tokens .
+top_k rows. `fp8jax.devtools.benchmarking` says how time is taken. On a CPU the kernels run
+interpreted and times mean nothing.
 """
 
 import contextlib
@@ -53,17 +55,24 @@ from flax import nnx
 from jax import lax
 from rich.console import Console
 
-from fp8jax import benchmarking, moe, ops
-from fp8jax.benchmarking import Contender, Deadline, ResultFile
+from fp8jax import ops
+from fp8jax.devtools import benchmarking
+from fp8jax.devtools.benchmarking import Contender, Deadline, ResultFile
+from fp8jax.devtools.offline_programs import EXPERT_SHAPES
+from fp8jax.models import moe
 from fp8jax.pallas_kernels import grouped_matmul
+from fp8jax.pallas_kernels.formats import BLOCK
 from fp8jax.pallas_kernels.grouped_matmul import ExpertScales, grouped_matmul_reference
-from fp8jax.pallas_kernels.grouped_matmul_kernel import GroupedProblem, grouped_scaled_matmul_triton, work_list
+from fp8jax.pallas_kernels.grouped_matmul_kernel import (
+    GroupedProblem,
+    grouped_scaled_matmul_triton,
+    work_list,
+)
 from fp8jax.pallas_kernels.interpret_mode import interpreted_kernels
 from fp8jax.pallas_kernels.matmul_config import Config
 from fp8jax.pallas_kernels.matmul_tiles import current_device_kind
-from fp8jax.pallas_kernels.offline_programs import EXPERT_SHAPES
 from fp8jax.qarray import QArray, scale_shape
-from fp8jax.schemes import BLOCK, FP8_PER_BLOCK, FP8_PER_TENSOR, Scheme
+from fp8jax.schemes import FP8_PER_BLOCK, FP8_PER_TENSOR, Scheme
 
 SHAPES: dict[str, dict[str, Any]] = {
     **EXPERT_SHAPES,
@@ -78,7 +87,8 @@ _SCHEMES: dict[ExpertScales, Scheme] = {"tensor": FP8_PER_TENSOR, "block": FP8_P
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExpertProduct:
-    """One product of a batch with the stack `[experts, n, k]`; that with two row groups is gate_up, the other is down."""
+    """One product of a batch with the stack `[experts, n, k]`; that with two row groups is gate_up,
+    the other is down."""
 
     tokens: int
     top_k: int
@@ -112,7 +122,13 @@ class ExpertProduct:
 
     def tuned_shape(self, scales: ExpertScales) -> dict[str, int | str]:
         """As tuned tables name it."""
-        sizes = {"slots": self.slots, "experts": self.experts, "n": self.n, "k": self.k, "row_groups": self.row_groups}
+        sizes = {
+            "slots": self.slots,
+            "experts": self.experts,
+            "n": self.n,
+            "k": self.k,
+            "row_groups": self.row_groups,
+        }
         return {**sizes, "scales": scales}
 
     def stack_bytes(self, scales: ExpertScales | None) -> int:
@@ -120,7 +136,9 @@ class ExpertProduct:
         shape = (self.touched, self.n, self.k)
         if scales is None:
             return 2 * math.prod(shape)
-        return math.prod(shape) + 4 * math.prod(scale_shape(shape, _SCHEMES[scales], row_groups=self.row_groups))
+        return math.prod(shape) + 4 * math.prod(
+            scale_shape(shape, _SCHEMES[scales], row_groups=self.row_groups)
+        )
 
     def bytes_moved(self, scales: ExpertScales | None) -> int:
         """The fewest bytes of a product: stacks, x, its scales, the result in bfloat16."""
@@ -143,7 +161,8 @@ def product_of(name: str, layer: str, tokens: int, routing: Routing = "uniform")
 
 @functools.cache
 def choices(routing: Routing, tokens: int, top_k: int, experts: int) -> np.ndarray:
-    """Which experts each token goes to: int32 `[tokens, top_k]`, different ones in a row, always the same."""
+    """Which experts each token goes to: int32 `[tokens, top_k]`, different ones in a row, always
+    the same."""
     if routing == "same":
         return np.tile(np.arange(top_k, dtype=np.int32), (tokens, 1))
     likely = np.ones(experts) if routing == "uniform" else 1 / np.arange(1, experts + 1)
@@ -154,7 +173,9 @@ def choices(routing: Routing, tokens: int, top_k: int, experts: int) -> np.ndarr
 
 def contenders(p: ExpertProduct) -> Iterator[tuple[str, Contender]]:
     """The ways to do one product, by name."""
-    plain = functools.partial(Contender, operands="bf16", flops=p.flops, bytes_moved=p.bytes_moved(None))
+    plain = functools.partial(
+        Contender, operands="bf16", flops=p.flops, bytes_moved=p.bytes_moved(None)
+    )
     make = functools.partial(_plain_operands, p=p, axes="ekn")
     yield "bf16", plain(make=make, run=functools.partial(_ragged, gathered=p.gathered))
     make = functools.partial(_plain_operands, p=p, axes="enk")
@@ -180,7 +201,9 @@ def kernel(p: ExpertProduct, scales: ExpertScales) -> Contender:
     )
 
 
-def block_contenders(gate_up: ExpertProduct, down: ExpertProduct) -> Iterator[tuple[str, Contender]]:
+def block_contenders(
+    gate_up: ExpertProduct, down: ExpertProduct
+) -> Iterator[tuple[str, Contender]]:
     """The ways to do all of an expert layer behind the router's product, by name."""
     scales: ExpertScales | None
     for scales in (None, "tensor", "block"):
@@ -197,12 +220,23 @@ def block_contenders(gate_up: ExpertProduct, down: ExpertProduct) -> Iterator[tu
         )
 
 
-def cases_of(names: list[str], tokens: list[int], routings: list[Any]) -> Iterator[tuple[dict[str, Any], Contender]]:
+def cases_of(
+    names: list[str], tokens: list[int], routings: list[Any]
+) -> Iterator[tuple[dict[str, Any], Contender]]:
     """What `benchmarking.measure` takes, in the order in which it is timed."""
     for t, name, routing in itertools.product(tokens, names, routings):
         gate_up, down = (product_of(name, layer, t, routing) for layer in ("gate_up", "down"))
-        batch = {"tokens": t, "routing": routing, "experts": gate_up.experts, "touched": gate_up.touched}
-        listed = {"gate_up": contenders(gate_up), "down": contenders(down), "block": block_contenders(gate_up, down)}
+        batch = {
+            "tokens": t,
+            "routing": routing,
+            "experts": gate_up.experts,
+            "touched": gate_up.touched,
+        }
+        listed = {
+            "gate_up": contenders(gate_up),
+            "down": contenders(down),
+            "block": block_contenders(gate_up, down),
+        }
         for layer, of_layer in listed.items():
             for contender, c in of_layer:
                 yield {"shape": f"{name} {layer}", **batch, "contender": contender}, c
@@ -218,16 +252,23 @@ def ratios(rows: list[dict[str, Any]]) -> list[float | None]:
 
 
 def summary(results: ResultFile) -> dict[str, Any]:
-    """Geometric means of the ratio to BF16 over shapes and routings, by contender, for decode and for prefill."""
+    """Geometric means of the ratio to BF16 over shapes and routings, by contender, for decode and
+    for prefill."""
     phases = {"decode tokens <= 16": range(1, 17), "prefill tokens >= 2048": range(2048, 1 << 30)}
     means = benchmarking.mean_ratios(results.rows, ratios(results.rows), phases, size="tokens")
     return {**results.header, "rows": len(results.rows), "times_bf16": means}
 
 
 def main(
-    shapes: Annotated[str, typer.Option(help=f"Comma-separated, of {', '.join(SHAPES)}.")] = ",".join(EXPERT_SHAPES),
-    tokens: Annotated[str, typer.Option(help="Tokens of a batch; in this order.")] = "1,2048,16,256,4,64,4096,1024",
-    routing: Annotated[str, typer.Option(help=f"Comma-separated, of {', '.join(ROUTINGS)}.")] = "uniform",
+    shapes: Annotated[
+        str, typer.Option(help=f"Comma-separated, of {', '.join(SHAPES)}.")
+    ] = ",".join(EXPERT_SHAPES),
+    tokens: Annotated[
+        str, typer.Option(help="Tokens of a batch; in this order.")
+    ] = "1,2048,16,256,4,64,4096,1024",
+    routing: Annotated[
+        str, typer.Option(help=f"Comma-separated, of {', '.join(ROUTINGS)}.")
+    ] = "uniform",
     only: Only = "",
     samples: Samples = 5,
     minutes: Minutes = 60,
@@ -236,18 +277,23 @@ def main(
     """Time expert layers in FP8 and BF16."""
     names, routings = parts(shapes), parts(routing)
     if unknown := set(routings) - set(ROUTINGS):
-        raise SystemExit(f"benchmark_moe: unknown routing {sorted(unknown)}; choose of {', '.join(ROUTINGS)}")
+        raise SystemExit(
+            f"benchmark_moe: unknown routing {sorted(unknown)}; choose of {', '.join(ROUTINGS)}"
+        )
     results = opened("benchmark_moe", json_file, title="expert layers", chosen=names, known=SHAPES)
     cases = cases_of(names, [int(part) for part in parts(tokens)], routings)
     benchmarking.measure(cases, results, Deadline(minutes), only=parts(only), samples=samples)
     touched = {"experts": lambda r: f"{r['touched']} of {r['experts']}"}
     fields = {"shape": "shape", "tokens": "tokens", "routing": "routing", **touched}
-    Console(width=140).print(table_of(results, fields, ratios(results.rows), by=("shape", "routing", "tokens")))
+    Console(width=140).print(
+        table_of(results, fields, ratios(results.rows), by=("shape", "routing", "tokens"))
+    )
     print(json.dumps(summary(results)))
 
 
 def _routed(p: ExpertProduct) -> tuple[jax.Array, jax.Array]:
-    """Slots of each expert, and what a slot brings along: the row of x that it reads, or its weight."""
+    """Slots of each expert, and what a slot brings along: the row of x that it reads, or its
+    weight."""
     chosen = p.choices.reshape(-1)
     sizes = jnp.asarray(np.bincount(chosen, minlength=p.experts), jnp.int32)
     if p.gathered:
@@ -255,16 +301,26 @@ def _routed(p: ExpertProduct) -> tuple[jax.Array, jax.Array]:
     return sizes, jnp.full(p.slots, 1 / p.top_k, jnp.float32)
 
 
-def _plain_operands(key: jax.Array, *, p: ExpertProduct, axes: Literal["ekn", "enk"]) -> tuple[jax.Array, ...]:
+def _plain_operands(
+    key: jax.Array, *, p: ExpertProduct, axes: Literal["ekn", "enk"]
+) -> tuple[jax.Array, ...]:
     of_x, of_w = jax.random.split(key)
     stack = (p.experts, p.n, p.k) if axes == "enk" else (p.experts, p.k, p.n)
-    return random_operand(of_x, (p.rows_of_x, p.k), "bfloat16"), random_operand(of_w, stack, "bfloat16"), *_routed(p)
+    return (
+        random_operand(of_x, (p.rows_of_x, p.k), "bfloat16"),
+        random_operand(of_w, stack, "bfloat16"),
+        *_routed(p),
+    )
 
 
-def _quantized_operands(key: jax.Array, *, p: ExpertProduct, scales: ExpertScales) -> tuple[Any, ...]:
+def _quantized_operands(
+    key: jax.Array, *, p: ExpertProduct, scales: ExpertScales
+) -> tuple[Any, ...]:
     of_x, of_w = jax.random.split(key)
     x = random_operand(of_x, (p.rows_of_x, p.k), "float8_e4m3fn")
-    x_scale = jnp.full((p.rows_of_x, 1 if scales == "tensor" else -(-p.k // BLOCK)), 1 / CODE_SPREAD, jnp.float32)
+    x_scale = jnp.full(
+        (p.rows_of_x, 1 if scales == "tensor" else -(-p.k // BLOCK)), 1 / CODE_SPREAD, jnp.float32
+    )
     w, (sizes, per_slot) = _stack(of_w, p, scales), _routed(p)
     assert isinstance(w, QArray)
     return x, x_scale, w.qvalue, w.scale, sizes, per_slot, _work_lists(p, sizes)
@@ -283,9 +339,16 @@ def _block_operands(
 ) -> tuple[Any, ...]:
     keys = jax.random.split(key, 3)
     logits = np.full((gate_up.tokens, gate_up.experts), -8.0)
-    np.put_along_axis(logits, gate_up.choices, 4 - np.arange(gate_up.top_k) / 8, axis=1)  # exact in bfloat16
+    np.put_along_axis(
+        logits, gate_up.choices, 4 - np.arange(gate_up.top_k) / 8, axis=1
+    )  # exact in bfloat16
     x = random_operand(keys[0], (gate_up.tokens, gate_up.k), "bfloat16")
-    return x, jnp.asarray(logits, jnp.bfloat16), _stack(keys[1], gate_up, scales), _stack(keys[2], down, scales)
+    return (
+        x,
+        jnp.asarray(logits, jnp.bfloat16),
+        _stack(keys[1], gate_up, scales),
+        _stack(keys[2], down, scales),
+    )
 
 
 def _stack(key: jax.Array, p: ExpertProduct, scales: ExpertScales | None) -> jax.Array | QArray:
@@ -293,18 +356,24 @@ def _stack(key: jax.Array, p: ExpertProduct, scales: ExpertScales | None) -> jax
     if scales is None:
         return random_operand(key, shape, "bfloat16")
     scheme = _SCHEMES[scales]
-    scale = jnp.full(scale_shape(shape, scheme, row_groups=p.row_groups), 1 / CODE_SPREAD, jnp.float32)
+    scale = jnp.full(
+        scale_shape(shape, scheme, row_groups=p.row_groups), 1 / CODE_SPREAD, jnp.float32
+    )
     return QArray(random_operand(key, shape, "float8_e4m3fn"), scale, scheme, p.row_groups)
 
 
-def _ragged(x: jax.Array, w: jax.Array, sizes: jax.Array, per_slot: jax.Array, *, gathered: bool) -> jax.Array:
+def _ragged(
+    x: jax.Array, w: jax.Array, sizes: jax.Array, per_slot: jax.Array, *, gathered: bool
+) -> jax.Array:
     if gathered:
         return lax.ragged_dot(x[per_slot], w, sizes)
     y = lax.ragged_dot(x, w, sizes, preferred_element_type=jnp.float32)
     return (y * per_slot[:, None]).astype(x.dtype)
 
 
-def _loop(x: jax.Array, w: jax.Array, sizes: jax.Array, per_slot: jax.Array, *, gathered: bool) -> jax.Array:
+def _loop(
+    x: jax.Array, w: jax.Array, sizes: jax.Array, per_slot: jax.Array, *, gathered: bool
+) -> jax.Array:
     return grouped_matmul_reference(x, w, sizes, **slot_arguments(per_slot, gathered=gathered))
 
 
@@ -323,7 +392,9 @@ def _kernel(
 ) -> jax.Array:
     options = {"row_groups": row_groups, "config": config, "interpret": not current_device_kind()}
     options |= slot_arguments(per_slot, gathered=gathered)
-    return grouped_scaled_matmul_triton(x, x_scale, w, w_scale, sizes, work=work[config.block_m], **options)
+    return grouped_scaled_matmul_triton(
+        x, x_scale, w, w_scale, sizes, work=work[config.block_m], **options
+    )
 
 
 def slot_arguments(per_slot: jax.Array, *, gathered: bool) -> dict[str, Any]:

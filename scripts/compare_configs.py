@@ -3,21 +3,23 @@
     <python with torch> scripts/compare_configs.py torch  --cases 2000 --seed 0 --file mutations      # minutes
     python              scripts/compare_configs.py fp8jax --file mutations --show different           # minutes
 
-torch and JAX live in different environments, so it runs in two stages that exchange files. The first draws the mutations
-(`config_mutations.py`), runs each with transformers (`torch_oracle.py`) and writes FILE.json, with the mutation, the
-outcome and the tensors of the checkpoint, and FILE.npz, with the last logits. The second builds the same checkpoints for
-fp8jax.load_quantized and prints a table. Where transformers fails, the checkpoint is that of the file without mutations.
+torch and JAX live in different environments, so it runs in two stages that exchange files. The
+first draws the mutations (`config_mutations.py`), runs each with transformers (`torch_oracle.py`)
+and writes FILE.json, with the mutation, the outcome and the tensors of the checkpoint, and
+FILE.npz, with the last logits. The second builds the same checkpoints for fp8jax.load_quantized and
+prints a table. Where transformers fails, the checkpoint is that of the file without mutations.
 
-Every case has a time limit and runs in a process that is killed and started again when it is over; memory is limited, too.
-What counts as a fault of fp8jax, and gives an exit status of 1:
+Every case has a time limit and runs in a process that is killed and started again when it is over;
+memory is limited, too. What counts as a fault of fp8jax, and gives an exit status of 1:
 
     different     finite logits that differ from torch's by more than 1e-3 of their norm
     foreign       an exception that is neither ValueError nor NotImplementedError
     hang          no answer in time
     no field      an error whose text names no field of config.json
 
-Most of the second stage is compilation; with JAX_COMPILATION_CACHE_DIR and JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 set, a
-second run is several times as fast. A sample of 150 is frozen for the tests:
+Most of the second stage is compilation; with JAX_COMPILATION_CACHE_DIR and
+JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 set, a second run is several times as fast. A sample of
+150 is frozen for the tests:
 
     <python with torch> scripts/compare_configs.py torch --cases 150 --seed 1 --file tests/goldens/mutated_configs
 """
@@ -56,7 +58,8 @@ def tokens_of(config: dict[str, Any]) -> np.ndarray:
     return ids[:, :context] if type(context) is int and context >= 1 else ids
 
 
-# --- a process that may be killed -------------------------------------------------------------------------------------
+# --- a process that may be killed
+# -------------------------------------------------------------------------------------
 
 
 def _serve(setup: Callable[[], Callable[[Any], Any]], pipe: Any) -> None:
@@ -78,7 +81,8 @@ def _started(setup: Callable[[], Callable[[Any], Any]]) -> tuple[Any, Any]:
 
 
 def answers(setup: Callable[[], Callable[[Any], Any]], questions: Iterable[Any]) -> Iterator[Any]:
-    """What `setup()` returns, called with each question in another process; None for no answer in time."""
+    """What `setup()` returns, called with each question in another process; None for no answer in
+    time."""
     process, pipe = _started(setup)
     for question in questions:
         try:
@@ -95,7 +99,8 @@ def answers(setup: Callable[[], Callable[[Any], Any]], questions: Iterable[Any])
     process.join()
 
 
-# --- torch ------------------------------------------------------------------------------------------------------------
+# --- torch
+# ------------------------------------------------------------------------------------------------------------
 
 
 def torch_setup() -> Callable[[Mutation], dict[str, Any]]:
@@ -114,7 +119,9 @@ def torch_setup() -> Callable[[Mutation], dict[str, Any]]:
             try:
                 shapes, logits = torch_logits(Path(folder), config, tokens_of(config))
             except Exception as error:
-                return {"outcome": f"{type(error).__name__}: {str(error).replace(folder, '…')[:120]}"}
+                return {
+                    "outcome": f"{type(error).__name__}: {str(error).replace(folder, '…')[:120]}"
+                }
         return {"outcome": "runs", "tensors": write_names(shapes), "logits": logits[0, -KEPT:]}
 
     return answer
@@ -123,7 +130,9 @@ def torch_setup() -> Callable[[Mutation], dict[str, Any]]:
 def run_torch(file: Path, cases: int, seed: int) -> None:
     drawn = list(mutations(cases, seed))
     bases = sorted({mutation.base for mutation in drawn})
-    plain = dict(zip(bases, answers(torch_setup, [Mutation(base=base) for base in bases]), strict=True))
+    plain = dict(
+        zip(bases, answers(torch_setup, [Mutation(base=base) for base in bases]), strict=True)
+    )
     lists: list[list[str]] = []
     rows, arrays = [], {}
     for index, (mutation, given) in enumerate(zip(drawn, answers(torch_setup, drawn), strict=True)):
@@ -131,7 +140,11 @@ def run_torch(file: Path, cases: int, seed: int) -> None:
         names = answer.get("tensors") or plain[mutation.base]["tensors"]
         if names not in lists:
             lists.append(names)
-        row = {"base": mutation.base, "changes": mutation.changes, "dropped": list(mutation.dropped)}
+        row = {
+            "base": mutation.base,
+            "changes": mutation.changes,
+            "dropped": list(mutation.dropped),
+        }
         rows.append(row | {"outcome": answer["outcome"], "tensors": lists.index(names)})
         if "logits" in answer:
             arrays[str(index)] = answer["logits"]
@@ -141,14 +154,20 @@ def run_torch(file: Path, cases: int, seed: int) -> None:
     named = ",\n".join(json.dumps(names) for names in lists)
     file.with_suffix(".json").write_text(f'{{"tensors": [\n{named}\n],\n"cases": [\n{lines}\n]}}\n')
     np.savez_compressed(file.with_suffix(".npz"), allow_pickle=False, **arrays)
-    print(f"{len(arrays)} of {cases} run; " + ", ".join(f"{name}: {n}" for name, n in error_types(rows)))
+    print(
+        f"{len(arrays)} of {cases} run; "
+        + ", ".join(f"{name}: {n}" for name, n in error_types(rows))
+    )
 
 
 def error_types(rows: list[dict[str, Any]]) -> list[tuple[str, int]]:
-    return Counter(row["outcome"].split(":")[0] for row in rows if row["outcome"] != "runs").most_common()
+    return Counter(
+        row["outcome"].split(":")[0] for row in rows if row["outcome"] != "runs"
+    ).most_common()
 
 
-# --- fp8jax -----------------------------------------------------------------------------------------------------------
+# --- fp8jax
+# -----------------------------------------------------------------------------------------------------------
 
 
 def read_cases(file: Path) -> list[dict[str, Any]]:
@@ -158,7 +177,9 @@ def read_cases(file: Path) -> list[dict[str, Any]]:
         logits = dict(arrays)
     return [
         {
-            "mutation": Mutation(base=row["base"], changes=row["changes"], dropped=tuple(row["dropped"])),
+            "mutation": Mutation(
+                base=row["base"], changes=row["changes"], dropped=tuple(row["dropped"])
+            ),
             "outcome": row["outcome"],
             "tensors": written["tensors"][row["tensors"]],
             "logits": logits.get(str(index)),
@@ -176,7 +197,8 @@ def write_checkpoint(folder: Path, case: dict[str, Any]) -> None:
 
 
 def names_a_field(text: str, config: dict[str, Any], mutation: Mutation) -> bool:
-    """Whether an error names a field of the file, or of its rope tables, or one that was taken out."""
+    """Whether an error names a field of the file, or of its rope tables, or one that was taken
+    out."""
     fields = {*config, *mutation.dropped}
     for value in config.values():
         fields |= set(value) if isinstance(value, dict) else set()
@@ -189,7 +211,8 @@ _LOGITS: dict[Any, np.ndarray] = {}
 def last_logits(case: dict[str, Any], folder: Path) -> np.ndarray:
     """The last logits of a case, by way of its checkpoint in an empty folder.
 
-    A model is a function of its DecoderConfig and its tensors: what only bookkeeping tells apart is loaded and run once.
+    A model is a function of its DecoderConfig and its tensors: what only bookkeeping tells apart is
+    loaded and run once.
     """
     import jax.numpy as jnp
 
@@ -226,7 +249,10 @@ def judge(case: dict[str, Any], folder: Path) -> tuple[str, str]:
     except Exception as error:
         return "foreign", f"{type(error).__name__}: {str(error)[:600]}"
     if case["logits"] is None:
-        return "loads where torch fails", f"{case['outcome']}; ours finite: {bool(np.isfinite(logits).all())}"
+        return (
+            "loads where torch fails",
+            f"{case['outcome']}; ours finite: {bool(np.isfinite(logits).all())}",
+        )
     finite = np.isfinite(logits).all(), np.isfinite(case["logits"]).all()
     if not all(finite):
         if not any(finite):
@@ -259,12 +285,15 @@ def run_fp8jax(file: Path, show: list[str], only: list[int]) -> int:
     indices = only or range(len(cases))
     counts: Counter[str] = Counter()
     start = time.perf_counter()
-    for index, answer in zip(indices, answers(fp8jax_setup, [cases[i] for i in indices]), strict=True):
+    for index, answer in zip(
+        indices, answers(fp8jax_setup, [cases[i] for i in indices]), strict=True
+    ):
         word, text = answer or ("hang", "no answer in time")
         counts[word] += 1
         if word in show or "all" in show:
             print(
-                f"[{index}] {word}: {describe(cases[index]['mutation'])}\n    torch {cases[index]['outcome']}; fp8jax {text}"
+                f"[{index}] {word}: {describe(cases[index]['mutation'])}\n    torch "
+                f"{cases[index]['outcome']}; fp8jax {text}"
             )
     print(f"\n{'what came out':26} {'cases':>6}     ({time.perf_counter() - start:.0f} s)")
     for word in sorted(counts, key=lambda word: (word in FAULTS, -counts[word])):
@@ -274,13 +303,24 @@ def run_fp8jax(file: Path, show: list[str], only: list[int]) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Compare how transformers and fp8jax read mutated config.json files.")
+    parser = argparse.ArgumentParser(
+        description="Compare how transformers and fp8jax read mutated config.json files."
+    )
     parser.add_argument("stage", choices=("torch", "fp8jax"))
-    parser.add_argument("--file", type=Path, required=True, help="FILE.json and FILE.npz, from stage to stage")
+    parser.add_argument(
+        "--file", type=Path, required=True, help="FILE.json and FILE.npz, from stage to stage"
+    )
     parser.add_argument("--cases", type=int, default=2000, help="how many mutations (torch)")
     parser.add_argument("--seed", type=int, default=0, help="which mutations (torch)")
-    parser.add_argument("--show", nargs="*", default=list(FAULTS), help="outcomes to print one by one, or all (fp8jax)")
-    parser.add_argument("--only", nargs="*", type=int, default=[], help="only the cases with these numbers (fp8jax)")
+    parser.add_argument(
+        "--show",
+        nargs="*",
+        default=list(FAULTS),
+        help="outcomes to print one by one, or all (fp8jax)",
+    )
+    parser.add_argument(
+        "--only", nargs="*", type=int, default=[], help="only the cases with these numbers (fp8jax)"
+    )
     arguments = parser.parse_args()
     if arguments.stage == "torch":
         run_torch(arguments.file, arguments.cases, arguments.seed)

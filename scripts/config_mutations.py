@@ -1,9 +1,9 @@
 """Config.json files as nobody should write them: random changes to the values of published ones.
 
-A mutation is a published file, shrunk (`real_configs.py`), with one to three changes: a field dropped, null, of another
-type, zero, negative or huge; a switch turned; another word; a rope table in either spelling, or two; a field of another
-family; layer types, windows, biases, heads; an architecture that contradicts the model type. The draw depends on its seed
-alone.
+A mutation is a published file, shrunk (`real_configs.py`), with one to three changes: a field
+dropped, null, of another type, zero, negative or huge; a switch turned; another word; a rope table
+in either spelling, or two; a field of another family; layer types, windows, biases, heads; an
+architecture that contradicts the model type. The draw depends on its seed alone.
 """
 
 import random
@@ -26,13 +26,43 @@ ARCHITECTURES = {
     "gemma": "GemmaForCausalLM",
     "nonsense": "NonsenseForCausalLM",
 }
-ACTIVATIONS = ("silu", "swish", "gelu", "gelu_pytorch_tanh", "relu", "relu2", "tanh", "linear", "SiLU", "nonsense", "")
-LAYERS = ("full_attention", "sliding_attention", "chunked_attention", "linear_attention", "nonsense")
-ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope", "proportional", "mrope", "su", "nonsense")
+ACTIVATIONS = (
+    "silu",
+    "swish",
+    "gelu",
+    "gelu_pytorch_tanh",
+    "relu",
+    "relu2",
+    "tanh",
+    "linear",
+    "SiLU",
+    "nonsense",
+    "",
+)
+LAYERS = (
+    "full_attention",
+    "sliding_attention",
+    "chunked_attention",
+    "linear_attention",
+    "nonsense",
+)
+ROPE_TYPES = (
+    "default",
+    "linear",
+    "dynamic",
+    "yarn",
+    "llama3",
+    "longrope",
+    "proportional",
+    "mrope",
+    "su",
+    "nonsense",
+)
 WRONG = ("yes", "1", "", [], [1], {}, {"a": 1}, 1.5, True, -1, 0, float("nan"), float("inf"))
 NUMBERS = (0, 1, 2, 3, -1, 0.5, 1.0, 7, 10**9, 10**18, 1e-300, 1e300, -0.5)
 
-# Fields of other families, of older and of newer files, with values that would mean something there.
+# Fields of other families, of older and of newer files, with values that would mean something
+# there.
 FOREIGN: dict[str, tuple[Any, ...]] = {
     "embedding_multiplier": (1, 1.0, 2.0, 0),
     "logits_scaling": (1.0, 2.0, 0.5, 0),
@@ -43,7 +73,11 @@ FOREIGN: dict[str, tuple[Any, ...]] = {
     "use_sliding_window": (True, False),
     "max_window_layers": (0, 1, 2, 28, -1),
     "sliding_window_pattern": (2, 6),
-    "layer_types": (["full_attention"] * 2, ["sliding_attention"] * 2, ["sliding_attention", "full_attention"]),
+    "layer_types": (
+        ["full_attention"] * 2,
+        ["sliding_attention"] * 2,
+        ["sliding_attention", "full_attention"],
+    ),
     "attention_bias": (True, False),
     "mlp_bias": (True, False),
     "qkv_bias": (True, False),
@@ -94,7 +128,9 @@ FOREIGN: dict[str, tuple[Any, ...]] = {
     "attention_chunk_size": (8, None),
     "no_rope_layers": ([], [0, 1]),
     "attn_temperature_tuning": (True, False),
-    "dual_chunk_attention_config": ({"chunk_size": 8, "local_size": 4, "original_max_position_embeddings": 8},),
+    "dual_chunk_attention_config": (
+        {"chunk_size": 8, "local_size": 4, "original_max_position_embeddings": 8},
+    ),
     "pretraining_tp": (1, 2, 0),
     "seq_length": (16, 8192),
     "max_sequence_length": (16, 8192),
@@ -148,14 +184,21 @@ def mutations(count: int, seed: int) -> Iterator[Mutation]:
         for _ in range(draw.choices((1, 2, 3), (65, 25, 10))[0]):
             _KINDS[draw.choices(range(len(_KINDS)), _WEIGHTS)[0]](draw, config)
         original = shrunk(real.published)
-        changes = {key: value for key, value in config.items() if repr(original.get(key, ...)) != repr(value)}
-        mutation = Mutation(base=real.name, changes=changes, dropped=tuple(sorted(set(original) - set(config))))
+        changes = {
+            key: value
+            for key, value in config.items()
+            if repr(original.get(key, ...)) != repr(value)
+        }
+        mutation = Mutation(
+            base=real.name, changes=changes, dropped=tuple(sorted(set(original) - set(config)))
+        )
         if (changes or mutation.dropped) and repr(mutation) not in seen:
             seen.add(repr(mutation))
             yield mutation
 
 
-# --- kinds of changes, each in place ----------------------------------------------------------------------------------
+# --- kinds of changes, each in place
+# ----------------------------------------------------------------------------------
 
 
 def _drop(draw: random.Random, config: dict[str, Any]) -> None:
@@ -175,7 +218,9 @@ def _number(draw: random.Random, config: dict[str, Any]) -> None:
     keys = [key for key, value in sorted(config.items()) if type(value) in (int, float)]
     if keys:
         key = draw.choice(keys)
-        config[key] = draw.choice((*NUMBERS, config[key] * 2, config[key] + 1, -config[key], float(config[key])))
+        config[key] = draw.choice(
+            (*NUMBERS, config[key] * 2, config[key] + 1, -config[key], float(config[key]))
+        )
 
 
 def _turned(draw: random.Random, config: dict[str, Any]) -> None:
@@ -198,12 +243,19 @@ def _identity(draw: random.Random, config: dict[str, Any]) -> None:
     key = draw.choice(("model_type", "architectures"))
     other = draw.choice(sorted(ARCHITECTURES))
     value: Any = other if key == "model_type" else [ARCHITECTURES[other]]
-    config[key] = draw.choice((value, value, value, [], None, "", ["Qwen3ForCausalLM", "LlamaForCausalLM"]))
+    config[key] = draw.choice(
+        (value, value, value, [], None, "", ["Qwen3ForCausalLM", "LlamaForCausalLM"])
+    )
 
 
 def _rope(draw: random.Random, config: dict[str, Any]) -> None:
     for key in draw.choice(
-        (("rope_scaling",), ("rope_scaling",), ("rope_parameters",), ("rope_scaling", "rope_parameters"))
+        (
+            ("rope_scaling",),
+            ("rope_scaling",),
+            ("rope_parameters",),
+            ("rope_scaling", "rope_parameters"),
+        )
     ):
         config[key] = _rope_table(draw)
     if draw.random() < 0.3:
@@ -212,7 +264,9 @@ def _rope(draw: random.Random, config: dict[str, Any]) -> None:
 
 def _rope_table(draw: random.Random) -> Any:
     if draw.random() < 0.05:
-        return draw.choice(({}, "linear", [], 4.0, {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}))
+        return draw.choice(
+            ({}, "linear", [], 4.0, {"full_attention": {"rope_type": "default", "rope_theta": 1e4}})
+        )
     rope_type = draw.choice((*ROPE_TYPES, "linear", "yarn", "yarn", "llama3", "default"))
     table: dict[str, Any] = {draw.choice(("type", "rope_type", "rope_type")): rope_type}
     if draw.random() < 0.08:
@@ -283,7 +337,15 @@ def _heads(draw: random.Random, config: dict[str, Any]) -> None:
 
 
 def _experts(draw: random.Random, config: dict[str, Any]) -> None:
-    key = draw.choice(("num_experts", "num_local_experts", "num_experts_per_tok", "norm_topk_prob", "mlp_only_layers"))
+    key = draw.choice(
+        (
+            "num_experts",
+            "num_local_experts",
+            "num_experts_per_tok",
+            "norm_topk_prob",
+            "mlp_only_layers",
+        )
+    )
     config[key] = draw.choice(FOREIGN[key])
 
 
@@ -296,7 +358,11 @@ def _partial(draw: random.Random, config: dict[str, Any]) -> None:
     if draw.random() < 0.5:
         config["partial_rotary_factor"] = draw.choice(FOREIGN["partial_rotary_factor"])
     else:
-        config["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+        config["rope_parameters"] = {
+            "rope_type": "default",
+            "rope_theta": 1e4,
+            "partial_rotary_factor": 0.5,
+        }
 
 
 def _token_ids(draw: random.Random, config: dict[str, Any]) -> None:
@@ -309,7 +375,9 @@ def _norm(draw: random.Random, config: dict[str, Any]) -> None:
 
 
 def _multipliers(draw: random.Random, config: dict[str, Any]) -> None:
-    key = draw.choice(("attention_multiplier", "embedding_multiplier", "residual_multiplier", "logits_scaling"))
+    key = draw.choice(
+        ("attention_multiplier", "embedding_multiplier", "residual_multiplier", "logits_scaling")
+    )
     config[key] = draw.choice((1, 1.0, 0.5, 3, 0, -1.0, None, "2", 1e-30))
 
 

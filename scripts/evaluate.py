@@ -4,8 +4,8 @@
     python scripts/evaluate.py MODEL --text FILE --schemes bf16,fp8_per_block --prompt "The capital of France is" \\
         --quantization-config '{"ignore": ["re:.*down_proj"]}' --json table.json --plot table.png
 
-MODEL is a local folder or a hub repository id. Without --text (a checkpoint without tokenizer) random tokens from a
-fixed seed are scored. `fp8jax.scheme_comparison` explains each column.
+MODEL is a local folder or a hub repository id. Without --text (a checkpoint without tokenizer)
+random tokens from a fixed seed are scored. `fp8jax.evaluation.comparison` explains each column.
 """
 
 import dataclasses
@@ -17,8 +17,8 @@ import typer
 from rich.console import Console
 
 import fp8jax
-from fp8jax import scheme_comparison
-from fp8jax.scheme_comparison import UNQUANTIZED, EvaluationInputs, SchemeComparison
+from fp8jax.evaluation import comparison as scheme_comparison
+from fp8jax.evaluation.comparison import UNQUANTIZED, EvaluationInputs, SchemeComparison
 
 DEFAULT_PROMPTS = ("The capital of France is", "Photosynthesis is the process by which")
 
@@ -39,7 +39,10 @@ def evaluate(
     """Measure and print; the demo calls this too."""
     console = Console()
     if text is None and prompts:
-        raise ValueError("prompts are given without a text: without --text random tokens are continued; give both")
+        raise ValueError(
+            "prompts are given without a text: without --text random tokens are continued; give "
+            "both"
+        )
     for scheme in schemes:  # a misspelt one is told now, not after the others were measured
         if scheme != UNQUANTIZED:
             fp8jax.QuantizationConfig.parse(scheme, quantization_config)
@@ -50,7 +53,9 @@ def evaluate(
 
     def make_inputs(lm: fp8jax.LanguageModel) -> EvaluationInputs:
         if text is None:
-            return scheme_comparison.random_inputs(lm.config["vocab_size"], window=window, max_tokens=max_tokens)
+            return scheme_comparison.random_inputs(
+                lm.config["vocab_size"], window=window, max_tokens=max_tokens
+            )
         return scheme_comparison.text_inputs(
             lm,
             text.read_text(encoding="utf-8"),
@@ -83,17 +88,27 @@ def save_json(comparison: SchemeComparison, path: Path) -> None:
 
 def main(
     model: Annotated[str, typer.Argument(help="Checkpoint folder or hub repository id.")],
-    schemes: Annotated[str, typer.Option(help="Comma-separated; bf16 is the unquantized model.")] = (
-        f"{UNQUANTIZED},fp8_per_tensor,fp8_per_block"
-    ),
-    text: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="UTF-8 text to score.")] = None,
+    schemes: Annotated[
+        str, typer.Option(help="Comma-separated; bf16 is the unquantized model.")
+    ] = (f"{UNQUANTIZED},fp8_per_tensor,fp8_per_block"),
+    text: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="UTF-8 text to score.")
+    ] = None,
     window: Annotated[int, typer.Option(help="Tokens a window.")] = 512,
-    max_tokens: Annotated[int, typer.Option(help="Use at most this many tokens of the text.")] = 4096,
+    max_tokens: Annotated[
+        int, typer.Option(help="Use at most this many tokens of the text.")
+    ] = 4096,
     batch_size: Annotated[int, typer.Option(help="Windows a forward pass.")] = 2,
-    prompt: Annotated[list[str] | None, typer.Option(help="Repeatable; continued greedily.")] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Repeatable; continued greedily.")
+    ] = None,
     new_tokens: Annotated[int, typer.Option(help="New tokens a prompt.")] = 24,
-    dtype: Annotated[str, typer.Option(help="Of activations and unquantized weights.")] = "bfloat16",
-    quantization_config: Annotated[str | None, typer.Option(help="JSON object, for the FP8 schemes.")] = None,
+    dtype: Annotated[
+        str, typer.Option(help="Of activations and unquantized weights.")
+    ] = "bfloat16",
+    quantization_config: Annotated[
+        str | None, typer.Option(help="JSON object, for the FP8 schemes.")
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Save the table here.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Save a PNG here.")] = None,
 ) -> None:
@@ -111,7 +126,9 @@ def main(
             dtype=dtype,
             quantization_config=_parse_json(quantization_config),
         )
-    except ValueError as error:  # the library's own words for a mistake in the input; no traceback needed
+    except (
+        ValueError
+    ) as error:  # the library's own words for a mistake in the input; no traceback needed
         raise SystemExit(f"evaluate: {error}") from None
     if json_file is not None:
         save_json(comparison, json_file)

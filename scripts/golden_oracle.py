@@ -1,4 +1,5 @@
-"""FP8 quantization and a fake-quantized (w8a8) forward pass in torch: the oracle behind `tests/goldens/`.
+"""FP8 quantization and a fake-quantized (w8a8) forward pass in torch: the oracle behind
+`tests/goldens/`.
 
 With codes q = e4m3(clamp(v * (1/s), -448, 448)), where 1/s is rounded to float32 once:
 
@@ -6,14 +7,14 @@ With codes q = e4m3(clamp(v * (1/s), -448, 448)), where 1/s is rounded to float3
     fp8_per_tensor   max(amax / 448, 2^-126), one a matrix           max(amax / 448, 1/(448*512)), one a token
     fp8_per_block    max(amax, 1e-4) / 448, one a 128 x 128 block    the same, one a token and 128 channels
 
-Partial blocks and groups take their scale from the elements they have. q, k, v are quantized as one matrix (rows
-concatenated) and so are gate and up. An expert is quantized like a linear, per tensor over gate and up together; per
-block its gate rows and its up rows have separate blocks. Codes times scales and their products are float64 (exact up to
-its last bit), rounded to float32 once; bias, silu and the routing weight are float32. Embeddings, lm_head, norms and
-routers are never quantized.
+Partial blocks and groups take their scale from the elements they have. q, k, v are quantized as one
+matrix (rows concatenated) and so are gate and up. An expert is quantized like a linear, per tensor
+over gate and up together; per block its gate rows and its up rows have separate blocks. Codes times
+scales and their products are float64 (exact up to its last bit), rounded to float32 once; bias,
+silu and the routing weight are float32. Embeddings, lm_head, norms and routers are never quantized.
 
-The two activation floors and the two weight floors are those of vLLM's online quantization; everything here is written
-from the formulas above and shares no code with fp8jax.
+The two activation floors and the two weight floors are those of vLLM's online quantization;
+everything here is written from the formulas above and shares no code with fp8jax.
 """
 
 # pyright: reportMissingImports=false
@@ -48,7 +49,8 @@ def spread(scale: Tensor, rows: int, columns: int, block_rows: int = BLOCK) -> T
 
 
 def block_amax(values: Tensor, block_rows: int) -> Tensor:
-    """Largest magnitude of each block_rows x 128 block; the zero padding of the last blocks changes no maximum."""
+    """Largest magnitude of each block_rows x 128 block; the zero padding of the last blocks changes
+    no maximum."""
     n, k = values.shape
     padded = nn.functional.pad(values.abs(), (0, -k % BLOCK, 0, -n % block_rows))
     return padded.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, block_rows)).amax((1, 3))
@@ -66,12 +68,17 @@ def quantize_weight(weight: Tensor, scheme: str) -> tuple[Tensor, Tensor, Tensor
 
 
 def quantize_activation(x: Tensor, granularity: str) -> tuple[Tensor, Tensor, Tensor]:
-    """[m, k] float32 -> codes [m, k], scale as stored, scale as it broadcasts. Granularity: tensor, token, group."""
+    """[m, k] float32 -> codes [m, k], scale as stored, scale as it broadcasts. Granularity: tensor,
+    token, group."""
     if granularity == "group":
         scale = (block_amax(x, 1) / FP8_MAX).clamp(min=ACTIVATION_FLOOR)
         wide = spread(scale, *x.shape, block_rows=1)
     else:
-        amax = x.abs().amax(1, keepdim=True) if granularity == "token" else x.abs().amax().reshape(1, 1)
+        amax = (
+            x.abs().amax(1, keepdim=True)
+            if granularity == "token"
+            else x.abs().amax().reshape(1, 1)
+        )
         scale = wide = (amax / FP8_MAX).clamp(min=ACTIVATION_FLOOR)
     return encode(x, wide), scale, wide
 
@@ -94,7 +101,8 @@ class StraightThrough(torch.autograd.Function):
 
 
 class FakeQuantLinear(nn.Module):
-    """y = dequantize(quantize(x)) @ weight.T + bias, with `weight` [n, k] already dequantized to float64."""
+    """y = dequantize(quantize(x)) @ weight.T + bias, with `weight` [n, k] already dequantized to
+    float64."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, granularity: str):
         super().__init__()
@@ -109,14 +117,17 @@ class FakeQuantLinear(nn.Module):
 
 
 class FakeQuantExperts(nn.Module):
-    """Routed experts with quantized weights and quantized inputs of both products, silu(gate) * up between them."""
+    """Routed experts with quantized weights and quantized inputs of both products, silu(gate) * up
+    between them."""
 
     def __init__(self, experts: nn.Module, scheme: str):
         super().__init__()
         granularity = activation_granularity(scheme)
         self.gate_up, self.down = nn.ModuleList(), nn.ModuleList()
         for gate_up, down in zip(experts.gate_up_proj, experts.down_proj, strict=True):
-            parts = (gate_up,) if scheme == "fp8_per_tensor" else gate_up.chunk(2)  # gate and up share no block
+            parts = (
+                (gate_up,) if scheme == "fp8_per_tensor" else gate_up.chunk(2)
+            )  # gate and up share no block
             rows = torch.cat([dequantized_weight(part, scheme) for part in parts])
             self.gate_up.append(FakeQuantLinear(rows, None, granularity))
             self.down.append(FakeQuantLinear(dequantized_weight(down, scheme), None, granularity))
@@ -152,10 +163,14 @@ def fake_quantized(
         children = dict(module.named_children())
         if linear:
             for names in map(fused.__getitem__, kinds):
-                shards = [children[name] for name in names if isinstance(children.get(name), nn.Linear)]
+                shards = [
+                    children[name] for name in names if isinstance(children.get(name), nn.Linear)
+                ]
                 if len(shards) == len(names):
                     recipe = granularity or activation_granularity(linear)
-                    weight = dequantized_weight(torch.cat([shard.weight for shard in shards]), linear)
+                    weight = dequantized_weight(
+                        torch.cat([shard.weight for shard in shards]), linear
+                    )
                     rows = weight.split([shard.out_features for shard in shards])
                     for name, shard, part in zip(names, shards, rows, strict=True):
                         setattr(module, name, FakeQuantLinear(part, shard.bias, recipe))

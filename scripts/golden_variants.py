@@ -1,8 +1,9 @@
-"""The golden checkpoints that `make_goldens.py` writes: one row a model family or detail of a family.
+"""The golden checkpoints that `make_goldens.py` writes: one row a model family or detail of a
+family.
 
-All are as small as still shows the detail: two layers, a few heads, widths that are not multiples of 128 (except in
-llama31), so that partial blocks and groups are the rule. A row holds Hugging Face config fields and says how the
-checkpoint is stored and which fake-quantized runs it gets.
+All are as small as still shows the detail: two layers, a few heads, widths that are not multiples
+of 128 (except in llama31), so that partial blocks and groups are the rule. A row holds Hugging Face
+config fields and says how the checkpoint is stored and which fake-quantized runs it gets.
 """
 
 # pyright: reportMissingImports=false
@@ -18,12 +19,15 @@ from golden_oracle import LAYER_KINDS, SCHEMES
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """One golden checkpoint: config fields, how it is stored, and which fake-quantized runs it gets."""
+    """One golden checkpoint: config fields, how it is stored, and which fake-quantized runs it
+    gets."""
 
     model_type: str
     config: dict
     dtype: torch.dtype = torch.bfloat16
-    runs: str = "kinds"  # "kinds": each kind of layer and all; "all": only all; "moe": pairs of schemes
+    runs: str = (
+        "kinds"  # "kinds": each kind of layer and all; "all": only all; "moe": pairs of schemes
+    )
     activation_tensor: bool = False
     shards: int = 1
     old_spelling: bool = False  # rewrite config.json as transformers 4 spelled it
@@ -55,15 +59,25 @@ def rope(theta: float, rope_type: str = "default", **parameters: float) -> dict:
 
 
 def small(model_type: str, **changes) -> Variant:
-    own = {name: changes.pop(name) for name in tuple(changes) if name in Variant.__dataclass_fields__}
+    own = {
+        name: changes.pop(name) for name in tuple(changes) if name in Variant.__dataclass_fields__
+    }
     return Variant(model_type=model_type, config={**SMALL, **changes}, **own)
 
 
-LLAMA3_ROPE = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+LLAMA3_ROPE = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 VARIANTS = {
     # 704 gate and up rows and 352 columns of down: 5.5 and 2.75 blocks
-    "llama2": small("llama", num_key_value_heads=4, intermediate_size=352, activation_tensor=True, **rope(1e4)),
-    # head_dim 16 and original length 64 put frequencies 0, 1 and 2.. into the three regimes of the llama3 formula
+    "llama2": small(
+        "llama", num_key_value_heads=4, intermediate_size=352, activation_tensor=True, **rope(1e4)
+    ),
+    # head_dim 16 and original length 64 put frequencies 0, 1 and 2.. into the three regimes of the
+    # llama3 formula
     "llama31": small(
         "llama",
         hidden_size=128,
@@ -96,9 +110,16 @@ VARIANTS = {
         **rope(1e4),
     ),
     "llama_fp16": small(
-        "llama", hidden_size=96, num_attention_heads=6, num_key_value_heads=3, dtype=torch.float16, **rope(1e4)
+        "llama",
+        hidden_size=96,
+        num_attention_heads=6,
+        num_key_value_heads=3,
+        dtype=torch.float16,
+        **rope(1e4),
     ),
-    "llama_fp32_sharded": small("llama", intermediate_size=144, dtype=torch.float32, shards=3, **rope(1e4)),
+    "llama_fp32_sharded": small(
+        "llama", intermediate_size=144, dtype=torch.float32, shards=3, **rope(1e4)
+    ),
     "llama_linear_rope": small("llama", **rope(1e4, "linear", factor=4.0)),
     "llama_yarn": small(
         "llama",
@@ -177,4 +198,7 @@ def quantized_runs(variant: Variant) -> Iterator[tuple[str, dict]]:
             yield f"logits.{scheme}.{kind}", {"linear": scheme, "kinds": (kind,)}
         yield f"logits.{scheme}.all", {"linear": scheme}
     if variant.activation_tensor:
-        yield "logits.fp8_per_tensor.all.activation_tensor", {"linear": "fp8_per_tensor", "granularity": "tensor"}
+        yield (
+            "logits.fp8_per_tensor.all.activation_tensor",
+            {"linear": "fp8_per_tensor", "granularity": "tensor"},
+        )

@@ -1,4 +1,5 @@
-"""All that needs a GPU, in three parts of under nine minutes each, so that half an hour of GPU time does it.
+"""All that needs a GPU, in three parts of under nine minutes each, so that half an hour of GPU time
+does it.
 
     python scripts/gpu_session.py --part tests         # pytest -m gpu, one file after the other
     python scripts/gpu_session.py --part tune          # tuned tables: layers of Llama-3.1-8B, then experts of two models
@@ -6,10 +7,11 @@
     python scripts/gpu_session.py --part all --rehearse    # everything on the CPU on tiny shapes, to see that it would run
 
 Run a part again to go on where it stopped: what is done is not done twice. Everything lands under
-`scripts/results/<device>/` as it comes (tuned tables in `pallas_kernels/tuned/<device>/`), with device, versions and
-date: `session.json` says which steps ran and how they ended, and keeps the end of what they printed. A plan made
-beforehand without a GPU (`tune_kernels.py --device … --plan scripts/results/<device>/plan.json`) spares tuning the
-configs that cannot win; it is used if it is there.
+`scripts/results/<device>/` as it comes (tuned tables in `pallas_kernels/tuned/<device>/`), with
+device, versions and date: `session.json` says which steps ran and how they ended, and keeps the end
+of what they printed. A plan made beforehand without a GPU
+(`tune_kernels.py --device … --plan scripts/results/<device>/plan.json`) spares tuning the configs
+that cannot win; it is used if it is there.
 """
 
 import dataclasses
@@ -25,7 +27,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from fp8jax.benchmarking import Deadline, ResultFile
+from fp8jax.devtools.benchmarking import Deadline, ResultFile
 from fp8jax.pallas_kernels import tuning
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,8 +62,14 @@ def gpu_test_steps(environment: dict[str, str], *, rehearse: bool) -> Iterator[S
     if rehearse:
         files = ["tests/test_tuning.py"]
     else:
-        listed = _run(["-m", "pytest", "-m", "gpu", "--collect-only", "-q"], environment, seconds=120)
-        files = list(dict.fromkeys(line.split("::")[0] for line in listed.stdout.splitlines() if "::" in line))
+        listed = _run(
+            ["-m", "pytest", "-m", "gpu", "--collect-only", "-q"], environment, seconds=120
+        )
+        files = list(
+            dict.fromkeys(
+                line.split("::")[0] for line in listed.stdout.splitlines() if "::" in line
+            )
+        )
     for file in files:
         marker = [] if rehearse else ["-m", "gpu"]
         arguments = ["-m", "pytest", *marker, file, "-q", "-p", "no:cacheprovider"]
@@ -71,9 +79,23 @@ def gpu_test_steps(environment: dict[str, str], *, rehearse: bool) -> Iterator[S
 def tune_steps(results: Path, *, rehearse: bool) -> Iterator[Step]:
     """The tuned tables: linear layers in at most 60 % of the time, then experts."""
     arguments = ["scripts/tune_kernels.py", "--json", str(results / "tuning.json")]
-    dense, experts = ["--op", "scaled_matmul,block_scaled_matmul"], ["--op", "grouped_scaled_matmul"]
+    dense, experts = (
+        ["--op", "scaled_matmul,block_scaled_matmul"],
+        ["--op", "grouped_scaled_matmul"],
+    )
     if rehearse:
-        arguments += ["--shapes", "tiny", "--m", "1", "--tokens", "1", "--most", "1", "--samples", "1"]
+        arguments += [
+            "--shapes",
+            "tiny",
+            "--m",
+            "1",
+            "--tokens",
+            "1",
+            "--most",
+            "1",
+            "--samples",
+            "1",
+        ]
         arguments += ["--tuned", str(results / "tuned")]
     else:
         experts += ["--shapes", _EXPERT_MODELS]
@@ -100,7 +122,9 @@ def benchmark_steps(results: Path, *, rehearse: bool) -> Iterator[Step]:
     yield Step("prefill and decode", generate, _PART_MINUTES, "always")
 
 
-def run_part(part: str, results: Path, environment: dict[str, str], session: ResultFile, *, rehearse: bool) -> bool:
+def run_part(
+    part: str, results: Path, environment: dict[str, str], session: ResultFile, *, rehearse: bool
+) -> bool:
     """Run a part's steps until its time is over; returns whether all of them ended well."""
     deadline = Deadline(_PART_MINUTES)
     steps = {
@@ -116,14 +140,35 @@ def run_part(part: str, results: Path, environment: dict[str, str], session: Res
         if seconds <= _GRACE_SECONDS:
             print(f"{part}: out of time before {step.name!r}; run the part again", flush=True)
             return False
-        own_limit = ["--minutes", f"{(seconds - _GRACE_SECONDS) / 60:.2f}"] if step.takes_minutes else []
+        own_limit = (
+            ["--minutes", f"{(seconds - _GRACE_SECONDS) / 60:.2f}"] if step.takes_minutes else []
+        )
         print(f"==> {part}: {step.name}, at most {seconds:.0f} s", flush=True)
         start = time.monotonic()
         done = _run([*step.arguments, *own_limit], environment, seconds=seconds)
-        outcome = {0: "ended well", _TIMED_OUT: "cut off"}.get(done.returncode, f"failed ({done.returncode})")
-        row = {"part": part, "step": step.name, "outcome": outcome, "seconds": round(time.monotonic() - start, 1)}
-        session.add(row | {"command": step.arguments, "output": done.stdout[-_TAIL:], "errors": done.stderr[-_TAIL:]})
-        print(done.stdout[-_TAIL:], done.stderr[-_TAIL:] if done.returncode else "", sep="", flush=True)
+        outcome = {0: "ended well", _TIMED_OUT: "cut off"}.get(
+            done.returncode, f"failed ({done.returncode})"
+        )
+        row = {
+            "part": part,
+            "step": step.name,
+            "outcome": outcome,
+            "seconds": round(time.monotonic() - start, 1),
+        }
+        session.add(
+            row
+            | {
+                "command": step.arguments,
+                "output": done.stdout[-_TAIL:],
+                "errors": done.stderr[-_TAIL:],
+            }
+        )
+        print(
+            done.stdout[-_TAIL:],
+            done.stderr[-_TAIL:] if done.returncode else "",
+            sep="",
+            flush=True,
+        )
         well = well and done.returncode == 0
     return well
 
@@ -131,12 +176,20 @@ def run_part(part: str, results: Path, environment: dict[str, str], session: Res
 _TIMED_OUT = 124
 
 
-def _run(arguments: list[str], environment: dict[str, str], *, seconds: float) -> subprocess.CompletedProcess[str]:
+def _run(
+    arguments: list[str], environment: dict[str, str], *, seconds: float
+) -> subprocess.CompletedProcess[str]:
     """A Python child in the checkout; code 124 where it was cut off."""
     command = [sys.executable, *arguments]
     try:
         return subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds, check=False
+            command,
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+            check=False,
         )
     except subprocess.TimeoutExpired as late:
         printed, errors = (
@@ -158,20 +211,33 @@ def _device(environment: dict[str, str]) -> tuple[str, str]:
 
 def main(
     part: Annotated[str, typer.Option(help=f"One of {', '.join(PARTS)}, or all.")],
-    rehearse: Annotated[bool, typer.Option("--rehearse", help="On the CPU, on tiny shapes.")] = False,
-    results: Annotated[Path | None, typer.Option(help="Folder for results; scripts/results by default.")] = None,
+    rehearse: Annotated[
+        bool, typer.Option("--rehearse", help="On the CPU, on tiny shapes.")
+    ] = False,
+    results: Annotated[
+        Path | None, typer.Option(help="Folder for results; scripts/results by default.")
+    ] = None,
 ) -> None:
     """Run a part of what needs a GPU."""
     if part not in (*PARTS, "all"):
-        raise SystemExit(f"gpu_session: part {part!r} is unknown; choose one of {', '.join(PARTS)} or all")
-    environment = os.environ | {"PYTHONPATH": str(ROOT)} | ({"JAX_PLATFORMS": "cpu"} if rehearse else {})
+        raise SystemExit(
+            f"gpu_session: part {part!r} is unknown; choose one of {', '.join(PARTS)} or all"
+        )
+    environment = (
+        os.environ | {"PYTHONPATH": str(ROOT)} | ({"JAX_PLATFORMS": "cpu"} if rehearse else {})
+    )
     platform, kind = _device(environment)
     if platform != "gpu" and not rehearse:
         raise SystemExit(
-            f"gpu_session: JAX sees {kind!r} and no GPU; --rehearse runs everything on the CPU on tiny shapes"
+            f"gpu_session: JAX sees {kind!r} and no GPU; --rehearse runs everything on the CPU on "
+            "tiny shapes"
         )
     if results is None:  # a rehearsal measures nothing that anyone should keep
-        results = Path(tempfile.mkdtemp(prefix="fp8jax-rehearsal-")) if rehearse else ROOT / "scripts" / "results"
+        results = (
+            Path(tempfile.mkdtemp(prefix="fp8jax-rehearsal-"))
+            if rehearse
+            else ROOT / "scripts" / "results"
+        )
     folder = results.resolve() / tuning.device_folder(kind)
     try:
         session = ResultFile(folder / "session.json", title="GPU session", device=kind)
@@ -179,7 +245,11 @@ def main(
         raise SystemExit(f"gpu_session: {error}") from None
     parts = PARTS if part == "all" else (part,)
     well = [run_part(name, folder, environment, session, rehearse=rehearse) for name in parts]
-    print(json.dumps({**session.header, "results": str(folder), **dict(zip(parts, well, strict=True))}))
+    print(
+        json.dumps(
+            {**session.header, "results": str(folder), **dict(zip(parts, well, strict=True))}
+        )
+    )
     if not all(well):
         raise SystemExit(1)
 

@@ -3,12 +3,14 @@
     python scripts/make_goldens.py --out tests/goldens            # everything, about 40 seconds on one core
     python scripts/make_goldens.py --out goldens --only llama2 matmul
 
-It needs torch and transformers 5 (tests/goldens/README.md has the versions used) and imports neither JAX nor fp8jax:
-what it writes is an opinion about the mathematics that shares no code with the library.
+It needs torch and transformers 5 (tests/goldens/README.md has the versions used) and imports
+neither JAX nor fp8jax: what it writes is an opinion about the mathematics that shares no code with
+the library.
 
-A variant is one folder with a tiny random checkpoint as `save_pretrained` writes it, and `golden.npz`. The arrays come
-from the model *reloaded* from that folder in float32 with eager attention. (`model.to(bfloat16).float()` would not do:
-it rounds the rotary frequencies, which no checkpoint holds.) Keys of golden.npz:
+A variant is one folder with a tiny random checkpoint as `save_pretrained` writes it, and
+`golden.npz`. The arrays come from the model *reloaded* from that folder in float32 with eager
+attention. (`model.to(bfloat16).float()` would not do: it rounds the rotary frequencies, which no
+checkpoint holds.) Keys of golden.npz:
 
     token_ids   int32   [2, 24]          the input
     logits      float32 [2, 24, vocab]   unquantized
@@ -27,10 +29,11 @@ it rounds the rotary frequencies, which no checkpoint holds.) Keys of golden.npz
     p.<scheme>.weight_scale, .activation_scale                        float32; [1] and [m, 1], or one a block and group
     p.<scheme>.out, .out_bias [m, n]                                  float32(float64 product), and that + bias
 
-A draw is thrown away, and the next seed tried, if its logits are too flat or too large, if greedy decoding meets a near
-tie, repeats itself or produces an end token, if a router in any of the runs nearly ties at its top-k border, or if
-float32 noise flips enough codes at rounding borders to move a quantized run by a good part of its quantization error.
-In all of these a correct implementation could differ from torch, or a wrong one agree with it, by luck.
+A draw is thrown away, and the next seed tried, if its logits are too flat or too large, if greedy
+decoding meets a near tie, repeats itself or produces an end token, if a router in any of the runs
+nearly ties at its top-k border, or if float32 noise flips enough codes at rounding borders to move
+a quantized run by a good part of its quantization error. In all of these a correct implementation
+could differ from torch, or a wrong one agree with it, by luck.
 """
 
 # pyright: reportMissingImports=false
@@ -66,22 +69,38 @@ MIN_ROUTER_GAP = 1e-3
 MATMUL_SHAPES = ((17, 96, 160), (5, 200, 300), (128, 256, 256))
 ATTEMPTS = 60
 NOISE_RUNS = 4
-MAX_FLIPS, MAX_FLIPS_ONE_KIND = 0.3, 0.125  # of the quantization error: half of what the tests of fp8jax allow
+MAX_FLIPS, MAX_FLIPS_ONE_KIND = (
+    0.3,
+    0.125,
+)  # of the quantization error: half of what the tests of fp8jax allow
 
 
-# --- checkpoints ------------------------------------------------------------------------------------------------------
+# --- checkpoints
+# ------------------------------------------------------------------------------------------------------
 
 
 def randomize(model: PreTrainedModel, seed: int) -> None:
-    """Random weights with which nothing is trivial: sharp attention, uneven rows, norms and biases that matter."""
+    """Random weights with which nothing is trivial: sharp attention, uneven rows, norms and biases
+    that matter."""
     generator = torch.Generator().manual_seed(seed)
-    gains = {"q_proj": 1.2, "k_proj": 1.2, "o_proj": 2.5, "down_proj": 2.5, "router": 2.0, "mlp.gate.": 2.0}
+    gains = {
+        "q_proj": 1.2,
+        "k_proj": 1.2,
+        "o_proj": 2.5,
+        "down_proj": 2.5,
+        "router": 2.0,
+        "mlp.gate.": 2.0,
+    }
     gains |= {"block_sparse_moe.gate.": 2.0, "lm_head": 2.0, "embed_tokens": 2.0}
-    gains["embed_tokens"] *= getattr(model.config, "logits_scaling", 1.0)  # tied: so that the logits keep their size
+    gains["embed_tokens"] *= getattr(
+        model.config, "logits_scaling", 1.0
+    )  # tied: so that the logits keep their size
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         if "norm" in name:
-            scale = 1.5 if "q_norm" in name or "k_norm" in name else 1.0  # else attention is flat in these families
+            scale = (
+                1.5 if "q_norm" in name or "k_norm" in name else 1.0
+            )  # else attention is flat in these families
             value = scale * (1.0 + 0.3 * noise)
         elif name.endswith(".bias"):
             value = 0.3 * noise
@@ -93,21 +112,31 @@ def randomize(model: PreTrainedModel, seed: int) -> None:
 
 
 def write_checkpoint(variant: Variant, folder: Path, seed: int) -> None:
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(variant.model_type, **variant.config))
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(variant.model_type, **variant.config)
+    )
     randomize(model, seed)
     model = model.to(variant.dtype)
     if variant.generation:
         model.generation_config = GenerationConfig(bos_token_id=1, **variant.generation)
     size = sum(p.numel() * p.element_size() for p in model.parameters())
-    model.save_pretrained(folder, max_shard_size=size * 2 // (2 * variant.shards - 1) if variant.shards > 1 else "5GB")
+    model.save_pretrained(
+        folder, max_shard_size=size * 2 // (2 * variant.shards - 1) if variant.shards > 1 else "5GB"
+    )
     files = sorted(folder.glob("*.safetensors"))
-    assert len(files) == variant.shards, f"{folder}: {len(files)} safetensors files, wanted {variant.shards}"
+    assert len(files) == variant.shards, (
+        f"{folder}: {len(files)} safetensors files, wanted {variant.shards}"
+    )
 
 
 def load(folder: Path) -> PreTrainedModel:
     exact = {"attn_implementation": "eager", "dtype": torch.float32}
-    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **exact).eval()
-    if hasattr(model, "set_experts_implementation") and hasattr(model.config, "num_experts_per_tok"):
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False, **exact
+    ).eval()
+    if hasattr(model, "set_experts_implementation") and hasattr(
+        model.config, "num_experts_per_tok"
+    ):
         model.set_experts_implementation("eager")
     return model
 
@@ -117,12 +146,17 @@ def spell_as_transformers_4(folder: Path) -> None:
     path = folder / "config.json"
     config = json.loads(path.read_text())
     scaling = config.pop("rope_parameters")
-    config |= {"rope_theta": scaling.pop("rope_theta"), "rope_scaling": scaling, "torch_dtype": config.pop("dtype")}
+    config |= {
+        "rope_theta": scaling.pop("rope_theta"),
+        "rope_scaling": scaling,
+        "torch_dtype": config.pop("dtype"),
+    }
     config["transformers_version"] = "4.43.0"
     path.write_text(json.dumps(dict(sorted(config.items())), indent=2) + "\n")
 
 
-# --- running ----------------------------------------------------------------------------------------------------------
+# --- running
+# ----------------------------------------------------------------------------------------------------------
 
 
 class Reseed(Exception):
@@ -171,16 +205,23 @@ def check_not_trivial(model: PreTrainedModel, token_ids: Tensor, logits: Tensor)
     require(1.0 < float(logits.std()) < 5.0, f"logits std {float(logits.std()):.2f}")
     for attention in model(token_ids, use_cache=False, output_attentions=True).attentions:
         top = float(attention[:, :, -1].amax(-1).mean())
-        require(0.15 < top < 0.9, f"largest attention weight of the last token {top:.2f}, uniform 0.04")
+        require(
+            0.15 < top < 0.9, f"largest attention weight of the last token {top:.2f}, uniform 0.04"
+        )
 
 
-def check_stable(model: PreTrainedModel, token_ids: Tensor, plain: Tensor, oracle: Tensor, limit: float) -> None:
-    """Move what gets quantized by 3e-7 of itself, as another order of summation does, and see what flipped codes do."""
+def check_stable(
+    model: PreTrainedModel, token_ids: Tensor, plain: Tensor, oracle: Tensor, limit: float
+) -> None:
+    """Move what gets quantized by 3e-7 of itself, as another order of summation does, and see what
+    flipped codes do."""
     quantized_layers = [m for m in model.modules() if isinstance(m, FakeQuantLinear)]
     for seed in range(NOISE_RUNS):
         generator = torch.Generator().manual_seed(seed)
 
-        def move(_module: nn.Module, inputs: tuple, generator: torch.Generator = generator) -> tuple:
+        def move(
+            _module: nn.Module, inputs: tuple, generator: torch.Generator = generator
+        ) -> tuple:
             return (inputs[0] * (1.0 + 3e-7 * torch.randn(inputs[0].shape, generator=generator)),)
 
         hooks = [layer.register_forward_pre_hook(move) for layer in quantized_layers]
@@ -215,10 +256,16 @@ def make_variant(name: str, variant: Variant, folder: Path, seed: int) -> dict[s
         check_stable(quantized, token_ids, logits, arrays[key], limit)
     if variant.old_spelling:
         spell_as_transformers_4(folder)
-        assert torch.equal(run_logits(load(folder), token_ids), logits), f"{name}: the old spelling changes the logits"
+        assert torch.equal(run_logits(load(folder), token_ids), logits), (
+            f"{name}: the old spelling changes the logits"
+        )
     if variant.dtype == torch.float16:
-        assert any(bool((p != p.bfloat16().float()).any()) for p in model.parameters()), "BF16 would hold this one"
-    np.savez_compressed(folder / "golden.npz", **{key: array.numpy() for key, array in arrays.items()})
+        assert any(bool((p != p.bfloat16().float()).any()) for p in model.parameters()), (
+            "BF16 would hold this one"
+        )
+    np.savez_compressed(
+        folder / "golden.npz", **{key: array.numpy() for key, array in arrays.items()}
+    )
     return errors
 
 
@@ -228,16 +275,25 @@ def with_fresh_seeds(name: str, out: Path) -> dict[str, float]:
     while len(rejected) < ATTEMPTS:
         with tempfile.TemporaryDirectory() as scratch:
             try:
-                errors = make_variant(name, VARIANTS[name], Path(scratch), zlib.crc32(name.encode()) + len(rejected))
+                errors = make_variant(
+                    name, VARIANTS[name], Path(scratch), zlib.crc32(name.encode()) + len(rejected)
+                )
             except Reseed as reason:
                 rejected.append(str(reason))
                 continue
             shutil.rmtree(out / name, ignore_errors=True)
             shutil.copytree(scratch, out / name)
-        for path in (out / name, *(out / name).iterdir()):  # the scratch folder is private to its owner
+        for path in (
+            out / name,
+            *(out / name).iterdir(),
+        ):  # the scratch folder is private to its owner
             path.chmod(0o755 if path.is_dir() else 0o644)
         size = sum(file.stat().st_size for file in (out / name).iterdir())
-        print(f"{name:20} {size / 1e3:.0f} kB, {len(rejected)} draws rejected", *sorted(set(rejected))[:3], sep="; ")
+        print(
+            f"{name:20} {size / 1e3:.0f} kB, {len(rejected)} draws rejected",
+            *sorted(set(rejected))[:3],
+            sep="; ",
+        )
         return errors
     raise RuntimeError(f"{name}: none of {ATTEMPTS} draws passed the checks: {'; '.join(rejected)}")
 
@@ -246,12 +302,24 @@ def make_matmul(path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     arrays: dict[str, Tensor] = {}
     for m, n, k in MATMUL_SHAPES:
-        x, weight, bias = (torch.randn(shape, generator=generator) for shape in ((m, k), (n, k), (n,)))
-        x[1], x[2], x[3, k // 3] = 0.0, x[2] * 1e-7, 300.0  # a zero row, one below the scale's floor, an outlier
+        x, weight, bias = (
+            torch.randn(shape, generator=generator) for shape in ((m, k), (n, k), (n,))
+        )
+        x[1], x[2], x[3, k // 3] = (
+            0.0,
+            x[2] * 1e-7,
+            300.0,
+        )  # a zero row, one below the scale's floor, an outlier
         x = x.bfloat16().float()
-        weight = (weight * torch.exp(0.5 * torch.randn((n, 1), generator=generator)) * k**-0.5).bfloat16().float()
+        weight = (
+            (weight * torch.exp(0.5 * torch.randn((n, 1), generator=generator)) * k**-0.5)
+            .bfloat16()
+            .float()
+        )
         if n > BLOCK:
-            weight[BLOCK:, k // BLOCK * BLOCK - BLOCK : k // BLOCK * BLOCK] = 0.0  # a block of zeros
+            weight[BLOCK:, k // BLOCK * BLOCK - BLOCK : k // BLOCK * BLOCK] = (
+                0.0  # a block of zeros
+            )
             weight[:BLOCK, :BLOCK] *= 2.0**-16  # a block below the floor of amax
         p = f"{m}x{n}x{k}"
         arrays |= {f"{p}.x": x, f"{p}.weight": weight, f"{p}.bias": bias}
@@ -261,17 +329,26 @@ def make_matmul(path: Path) -> None:
             out = (decode(x_codes, x_wide) @ decode(weight_codes, weight_wide).T).float()
             arrays |= {f"{p}.{scheme}.weight_codes": weight_codes.view(torch.uint8)}
             arrays |= {f"{p}.{scheme}.activation_codes": x_codes.view(torch.uint8)}
-            arrays |= {f"{p}.{scheme}.weight_scale": weight_scale, f"{p}.{scheme}.activation_scale": x_scale}
+            arrays |= {
+                f"{p}.{scheme}.weight_scale": weight_scale,
+                f"{p}.{scheme}.activation_scale": x_scale,
+            }
             arrays |= {f"{p}.{scheme}.out": out, f"{p}.{scheme}.out_bias": out + bias}
     np.savez_compressed(path, **{key: array.numpy() for key, array in arrays.items()})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make tests/goldens with torch and transformers.")
-    parser.add_argument("--out", type=Path, default=Path("tests/goldens"), help="folder to write into")
-    parser.add_argument("--only", nargs="+", choices=(*VARIANTS, "matmul"), metavar="NAME", help="only these")
+    parser.add_argument(
+        "--out", type=Path, default=Path("tests/goldens"), help="folder to write into"
+    )
+    parser.add_argument(
+        "--only", nargs="+", choices=(*VARIANTS, "matmul"), metavar="NAME", help="only these"
+    )
     arguments = parser.parse_args()
-    torch.set_num_threads(1)  # the order of summation, so the bits, depends on the number of threads
+    torch.set_num_threads(
+        1
+    )  # the order of summation, so the bits, depends on the number of threads
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     arguments.out.mkdir(parents=True, exist_ok=True)

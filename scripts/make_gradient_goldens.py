@@ -2,9 +2,10 @@
 
     python scripts/make_gradient_goldens.py --goldens tests/goldens            # seconds; torch as for make_goldens.py
 
-The loss is the mean cross entropy of the next token over `token_ids` of a golden checkpoint. The gradient passes a fake-quantized
-layer straight through the rounding of its activations (`golden_oracle.StraightThrough`) and meets the dequantized weight.
-Everything is float32 but the products, which are float64. For each variant and scheme (None: not quantized), keys are
+The loss is the mean cross entropy of the next token over `token_ids` of a golden checkpoint. The
+gradient passes a fake-quantized layer straight through the rounding of its activations
+(`golden_oracle.StraightThrough`) and meets the dequantized weight. Everything is float32 but the
+products, which are float64. For each variant and scheme (None: not quantized), keys are
 
     <variant>.<scheme>.loss       float32 []
     <variant>.<scheme>.stream     float32 [layers + 1, b, t, h], gradient wrt what each layer reads, and the final norm
@@ -45,8 +46,12 @@ def gradients(model: PreTrainedModel, token_ids: Tensor) -> tuple[Tensor, Tensor
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--goldens", type=Path, required=True, help="the folder of the golden checkpoints")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--goldens", type=Path, required=True, help="the folder of the golden checkpoints"
+    )
     folder = parser.parse_args().goldens
     torch.set_num_threads(1)
     arrays: dict[str, np.ndarray] = {}
@@ -56,12 +61,18 @@ def main() -> None:
             token_ids = torch.from_numpy(golden["token_ids"]).long()
         for scheme in (None, *SCHEMES):
             with torch.no_grad():
-                quantized = model if scheme is None else fake_quantized(model, linear=scheme, moe=scheme)
+                quantized = (
+                    model if scheme is None else fake_quantized(model, linear=scheme, moe=scheme)
+                )
             loss, stream = gradients(quantized, token_ids)
             print(
-                f"{variant} {scheme}: loss {float(loss):.5f}, gradient norms {stream.flatten(1).norm(dim=1).tolist()}"
+                f"{variant} {scheme}: loss {float(loss):.5f}, gradient norms "
+                f"{stream.flatten(1).norm(dim=1).tolist()}"
             )
-            arrays |= {f"{variant}.{scheme}.loss": loss.numpy(), f"{variant}.{scheme}.stream": stream.numpy()}
+            arrays |= {
+                f"{variant}.{scheme}.loss": loss.numpy(),
+                f"{variant}.{scheme}.stream": stream.numpy(),
+            }
     np.savez_compressed(folder / "gradients.npz", **arrays)  # pyright: ignore[reportArgumentType]
 
 

@@ -1,4 +1,5 @@
-"""Rewrite a dense checkpoint as a mixture of experts that computes exactly the same: a real MoE with a known answer.
+"""Rewrite a dense checkpoint as a mixture of experts that computes exactly the same: a real MoE
+with a known answer.
 
     python scripts/make_moe_from_dense.py smollm2/ smollm2-moe/                      # 4 experts, each a quarter of the MLP
     python scripts/make_moe_from_dense.py smollm2/ out/ --mode copies --top-k 2     # 4 copies of the MLP, a random router
@@ -8,8 +9,9 @@
     copies    every expert is the whole MLP, the router is random, and the chosen weights add up to one: whatever the
               routing, the outcome is that of the dense model. Groups of any sizes get to be tested.
 
-Layouts: "mixtral" and "granitemoe" for Llama, "qwen3_moe" for Qwen3 (whose attention it shares). Every layer becomes a file
-of its own, so that no more than one layer is held in memory. Tokenizer files are copied.
+Layouts: "mixtral" and "granitemoe" for Llama, "qwen3_moe" for Qwen3 (whose attention it shares).
+Every layer becomes a file of its own, so that no more than one layer is held in memory. Tokenizer
+files are copied.
 """
 
 import json
@@ -21,12 +23,12 @@ import numpy as np
 import typer
 from safetensors.numpy import save_file
 
-from fp8jax.checkpoint import Checkpoint, CheckpointError
+from fp8jax.checkpoints.folder import Checkpoint, CheckpointError
 from fp8jax.models import read_decoder_config
 from fp8jax.models.expert_names import PER_EXPERT
 from fp8jax.models.granitemoe import NAMES as GRANITE_NAMES
 from fp8jax.models.mixtral import NAMES as MIXTRAL_NAMES
-from fp8jax.moe import ExpertNames
+from fp8jax.models.moe import ExpertNames
 
 Mode = Literal["split", "copies"]
 Layout = Literal["mixtral", "granitemoe", "qwen3_moe"]
@@ -42,7 +44,9 @@ LAYOUTS: dict[Layout, tuple[str, str, ExpertNames]] = {
 NOT_COPIED = ("config.json", "model.safetensors.index.json")
 
 
-def make_moe(dense: Path, out: Path, *, experts: int, top_k: int, mode: Mode, layout: Layout, seed: int = 0) -> None:
+def make_moe(
+    dense: Path, out: Path, *, experts: int, top_k: int, mode: Mode, layout: Layout, seed: int = 0
+) -> None:
     """Write the mixture of experts.
 
     Args:
@@ -53,11 +57,14 @@ def make_moe(dense: Path, out: Path, *, experts: int, top_k: int, mode: Mode, la
         mode, layout: see the module's text.
         seed: of the router of "copies".
     Raises:
-        ValueError: a dense checkpoint that the layout cannot stand for, or numbers that do not work out.
+        ValueError: a dense checkpoint that the layout cannot stand for, or numbers that do not work
+            out.
     """
     top_k = experts if mode == "split" else top_k
     with Checkpoint.open(dense) as checkpoint:
-        config = moe_config(checkpoint.config, str(dense), experts=experts, top_k=top_k, mode=mode, layout=layout)
+        config = moe_config(
+            checkpoint.config, str(dense), experts=experts, top_k=top_k, mode=mode, layout=layout
+        )
         names = LAYOUTS[layout][2]
         rng = np.random.default_rng(seed)
         out.mkdir(parents=True, exist_ok=True)
@@ -71,14 +78,26 @@ def make_moe(dense: Path, out: Path, *, experts: int, top_k: int, mode: Mode, la
         rest = [name for name in checkpoint.tensors if not name.startswith(tuple(layers))]
         write("model-rest.safetensors", {name: np.array(checkpoint.read(name)) for name in rest})
         for i, layer in enumerate(layers):
-            kept = [name for name in checkpoint.tensors if name.startswith(layer) and ".mlp." not in name]
+            kept = [
+                name
+                for name in checkpoint.tensors
+                if name.startswith(layer) and ".mlp." not in name
+            ]
             tensors = {name: np.array(checkpoint.read(name)) for name in kept}
-            gate, up, down = (checkpoint.read(f"{layer}mlp.{part}_proj.weight") for part in ("gate", "up", "down"))
-            stacks = split(gate, up, down, experts) if mode == "split" else copies(gate, up, down, experts)
+            gate, up, down = (
+                checkpoint.read(f"{layer}mlp.{part}_proj.weight") for part in ("gate", "up", "down")
+            )
+            stacks = (
+                split(gate, up, down, experts)
+                if mode == "split"
+                else copies(gate, up, down, experts)
+            )
             router = rng.standard_normal((experts, config["hidden_size"])) * (mode == "copies")
             tensors[f"{layer}{names.router}"] = router.astype(gate.dtype)
             write(f"model-layer-{i:05d}.safetensors", tensors | named(layer, names, stacks))
-        (out / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+        (out / "model.safetensors.index.json").write_text(
+            json.dumps({"metadata": {}, "weight_map": weight_map})
+        )
         (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     for file in dense.iterdir():
         if file.is_file() and file.suffix != ".safetensors" and file.name not in NOT_COPIED:
@@ -88,10 +107,14 @@ def make_moe(dense: Path, out: Path, *, experts: int, top_k: int, mode: Mode, la
 def moe_config(
     raw: dict[str, Any], where: str, *, experts: int, top_k: int, mode: Mode, layout: Layout
 ) -> dict[str, Any]:
-    """The config.json of the mixture; what has another default in the other family is written out."""
+    """The config.json of the mixture; what has another default in the other family is written
+    out."""
     architecture, source, _ = LAYOUTS[layout]
     if raw.get("architectures") != [source]:
-        raise ValueError(f"{where}: layout {layout!r} stands for {source}, config.json says {raw.get('architectures')}")
+        raise ValueError(
+            f"{where}: layout {layout!r} stands for {source}, config.json says "
+            f"{raw.get('architectures')}"
+        )
     dense = read_decoder_config(raw, dtype="float32", where=where)
     if dense.mlp_bias == "yes" or (layout == "mixtral" and dense.qkv_bias == "yes"):
         raise ValueError(f"{where}: has biases, which layout {layout!r} has no place for")
@@ -100,11 +123,13 @@ def moe_config(
     width = dense.intermediate_size
     if mode == "split" and (experts & (experts - 1) or width % experts):
         raise ValueError(
-            f"the MLP of width {width} does not split into {experts} experts: their number must be a power of two (else a "
-            "weight of 1/E is not exact in BF16) and divide the width"
+            f"the MLP of width {width} does not split into {experts} experts: their number must be "
+            "a power of two (else a weight of 1/E is not exact in BF16) and divide the width"
         )
     config = {
-        k: v for k, v in raw.items() if k not in ("mlp_bias", "is_llama_config", "rope_interleaved", "pretraining_tp")
+        k: v
+        for k, v in raw.items()
+        if k not in ("mlp_bias", "is_llama_config", "rope_interleaved", "pretraining_tp")
     }
     if layout == "mixtral":
         config.pop("attention_bias", None)
@@ -123,9 +148,16 @@ def moe_config(
         case "mixtral":
             return config | {"intermediate_size": expert_width, "sliding_window": None}
         case "granitemoe":
-            return config | {"intermediate_size": expert_width, "attention_multiplier": dense.attention_scale}
+            return config | {
+                "intermediate_size": expert_width,
+                "attention_multiplier": dense.attention_scale,
+            }
         case "qwen3_moe":
-            return config | {"moe_intermediate_size": expert_width, "norm_topk_prob": True, "mlp_only_layers": []}
+            return config | {
+                "moe_intermediate_size": expert_width,
+                "norm_topk_prob": True,
+                "mlp_only_layers": [],
+            }
 
 
 def split(gate: np.ndarray, up: np.ndarray, down: np.ndarray, experts: int) -> Matrices:
@@ -134,7 +166,9 @@ def split(gate: np.ndarray, up: np.ndarray, down: np.ndarray, experts: int) -> M
     down = np.stack(np.split(down, experts, axis=1))
     larger = (down.astype(np.float32) * experts).astype(down.dtype)
     if not np.array_equal(larger.astype(np.float32), down.astype(np.float32) * experts):
-        raise ValueError(f"{experts} times a weight of down_proj is beyond the range of {down.dtype}")
+        raise ValueError(
+            f"{experts} times a weight of down_proj is beyond the range of {down.dtype}"
+        )
     return gate, up, larger
 
 
@@ -148,27 +182,43 @@ def named(layer: str, names: ExpertNames, stacks: Matrices) -> Tensors:
     """The stacks under the names of a layout, one by one or stacked."""
     gate, up, down = stacks
     if "{e}" not in names.down:
-        return {layer + names.gate_up[0]: np.concatenate([gate, up], axis=1), layer + names.down: down}
+        return {
+            layer + names.gate_up[0]: np.concatenate([gate, up], axis=1),
+            layer + names.down: down,
+        }
     written = {}
     for name, stack in zip((*names.gate_up, names.down), stacks, strict=True):
-        written |= {layer + name.replace("{e}", str(e)): np.ascontiguousarray(part) for e, part in enumerate(stack)}
+        written |= {
+            layer + name.replace("{e}", str(e)): np.ascontiguousarray(part)
+            for e, part in enumerate(stack)
+        }
     return written
 
 
 def main(
-    dense: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Folder of a dense checkpoint.")],
+    dense: Annotated[
+        Path, typer.Argument(exists=True, file_okay=False, help="Folder of a dense checkpoint.")
+    ],
     out: Annotated[Path, typer.Argument(help="Folder to write.")],
     experts: Annotated[int, typer.Option(help="How many experts.")] = 4,
-    top_k: Annotated[int, typer.Option(help="Experts a token goes to; --mode split takes all.")] = 2,
-    mode: Annotated[Mode, typer.Option(help="Divide the MLP among the experts, or give it to each.")] = "split",
-    layout: Annotated[Layout | None, typer.Option(help="By default what suits the dense model.")] = None,
+    top_k: Annotated[
+        int, typer.Option(help="Experts a token goes to; --mode split takes all.")
+    ] = 2,
+    mode: Annotated[
+        Mode, typer.Option(help="Divide the MLP among the experts, or give it to each.")
+    ] = "split",
+    layout: Annotated[
+        Layout | None, typer.Option(help="By default what suits the dense model.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the random router of --mode copies.")] = 0,
 ) -> None:
     """Rewrite a dense checkpoint as a mixture of experts that computes the same."""
     try:
         if layout is None:
             with Checkpoint.open(dense) as checkpoint:
-                layout = "qwen3_moe" if checkpoint.config.get("model_type") == "qwen3" else "mixtral"
+                layout = (
+                    "qwen3_moe" if checkpoint.config.get("model_type") == "qwen3" else "mixtral"
+                )
         make_moe(dense, out, experts=experts, top_k=top_k, mode=mode, layout=layout, seed=seed)
     except (CheckpointError, ValueError) as error:
         raise SystemExit(f"make_moe_from_dense: {error}") from None

@@ -1,16 +1,18 @@
-"""Do the tests see a fault? Plant faults one by one, and let the tests that should catch each one run.
+"""Do the tests see a fault? Plant faults one by one, and let the tests that should catch each one
+run.
 
-A fault is a few characters of the library that are exchanged: an epsilon a hundred times too large, a window that is off
-by one, gate and up the wrong way round. Every one of them leaves a model that loads, runs and writes plausible text. For
-each, the script copies the checkout, plants the fault in the copy and runs the tests named beside it there. They must
-pass without the fault and fail with it; the first test that failed is what the table shows.
+A fault is a few characters of the library that are exchanged: an epsilon a hundred times too large,
+a window that is off by one, gate and up the wrong way round. Every one of them leaves a model that
+loads, runs and writes plausible text. For each, the script copies the checkout, plants the fault in
+the copy and runs the tests named beside it there. They must pass without the fault and fail with
+it; the first test that failed is what the table shows.
 
     python scripts/mutate.py                     # all faults, two at a time; a table, then one line of JSON
     python scripts/mutate.py --only epsilon      # those with this in their name
     python scripts/mutate.py --every-test        # each fault against all of `make test`, some ten minutes each
 
-The named tests are part of `make test` (`-m "not slow"`). A fault whose text is no longer found, or found twice, is an
-error: it has to follow the code that it is planted in.
+The named tests are part of `make test` (`-m "not slow"`). A fault whose text is no longer found, or
+found twice, is an error: it has to follow the code that it is planted in.
 """
 
 import json
@@ -49,13 +51,17 @@ class Verdict:
 def main(
     only: Annotated[str, typer.Option(help="Faults with this in their name.")] = "",
     jobs: Annotated[int, typer.Option(help="Faults that are tried at the same time.")] = 2,
-    every_test: Annotated[bool, typer.Option("--every-test", help="All of `make test` for each fault.")] = False,
+    every_test: Annotated[
+        bool, typer.Option("--every-test", help="All of `make test` for each fault.")
+    ] = False,
 ) -> None:
     """Plant each fault and see which test fails."""
     faults = [fault for fault in FAULTS if only in fault.name]
     if not faults:
         names = ", ".join(fault.name for fault in FAULTS)
-        raise typer.BadParameter(f"no fault has {only!r} in its name; there are: {names}", param_hint="--only")
+        raise typer.BadParameter(
+            f"no fault has {only!r} in its name; there are: {names}", param_hint="--only"
+        )
     tests = sorted({test for fault in faults for test in fault.tests})
     if failed := run_tests(ROOT, [f"--numprocesses={jobs}", "--dist=loadfile", *tests]):
         sys.exit(f"{failed} fails without any fault; nothing can be said of faults until it passes")
@@ -79,7 +85,9 @@ def judge(fault: Fault, tests: Sequence[str]) -> Verdict:
     with tempfile.TemporaryDirectory(prefix="fp8jax-fault-") as folder:
         copy = Path(folder) / "checkout"
         tracked = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-        names = subprocess.run(tracked, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\0")
+        names = subprocess.run(
+            tracked, cwd=ROOT, check=True, capture_output=True, text=True
+        ).stdout.split("\0")
         for name in filter(None, names):
             source, target = ROOT / name, copy / name
             if source.is_symlink() or source.is_file():
@@ -101,23 +109,45 @@ def run_tests(checkout: Path, tests: Sequence[str]) -> str | None:
     Raises:
         RuntimeError: no test ran, or pytest itself went wrong: neither is a fault that was seen.
     """
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", *tests]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-x",
+        "-q",
+        "-m",
+        "not slow",
+        "-p",
+        "no:cacheprovider",
+        *tests,
+    ]
     environment = os.environ | {"PYTHONPATH": str(checkout), "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(
-        command, cwd=checkout, env=environment, capture_output=True, text=True, timeout=SECONDS_A_FAULT
+        command,
+        cwd=checkout,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=SECONDS_A_FAULT,
     )
     if done.returncode == 0:
         return None
     first = _FIRST_FAILURE.search(done.stdout)
     if done.returncode != 1 or first is None:
-        raise RuntimeError(f"pytest ended with {done.returncode}: {(done.stdout + done.stderr)[-400:]}")
+        raise RuntimeError(
+            f"pytest ended with {done.returncode}: {(done.stdout + done.stderr)[-400:]}"
+        )
     return first[1]
 
 
 def table(verdicts: Sequence[Verdict]) -> Table:
     result = Table("fault", "planted in", "caught by")
     for verdict in verdicts:
-        result.add_row(verdict.fault.name, verdict.fault.file, verdict.caught_by or f"[red]nothing: {verdict.remark}")
+        result.add_row(
+            verdict.fault.name,
+            verdict.fault.file,
+            verdict.caught_by or f"[red]nothing: {verdict.remark}",
+        )
     return result
 
 

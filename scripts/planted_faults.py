@@ -1,8 +1,9 @@
-"""The faults that `mutate.py` plants: each a slip of the pen in one line, each with the tests that should notice.
+"""The faults that `mutate.py` plants: each a slip of the pen in one line, each with the tests that
+should notice.
 
-Together they touch every room of the library: what calls the kernels, the layers, the router, sampling and the loop around
-it, quantization, the reader and what places its tensors. A test file is named as a whole where several of its tests see
-the fault; pytest stops at the first.
+Together they touch every room of the library: what calls the kernels, the layers, the router,
+sampling and the loop around it, quantization, the reader and what places its tensors. A test file
+is named as a whole where several of its tests see the fault; pytest stops at the first.
 """
 
 from dataclasses import dataclass
@@ -10,7 +11,8 @@ from pathlib import Path
 
 _KERNELS = "tests/test_ops_choice.py::test_interpreted_kernels_decode_like_xla"
 _DENSE, _FAMILIES, _MOE = (
-    f"tests/test_{name}_goldens.py::test_float32_logits_equal_torch" for name in ("llama", "families", "moe")
+    f"tests/test_{name}_goldens.py::test_float32_logits_equal_torch"
+    for name in ("llama", "families", "moe")
 )
 _DRAWS = "tests/test_generation.py::test_draws_follow_the_filtered_distribution"
 
@@ -42,7 +44,9 @@ class Fault:
         path = checkout / self.file
         text = path.read_text()
         if text.count(self.old) != 1:
-            raise RuntimeError(f"fault {self.name!r}: {self.old!r} is {text.count(self.old)} times in {self.file}")
+            raise RuntimeError(
+                f"fault {self.name!r}: {self.old!r} is {text.count(self.old)} times in {self.file}"
+            )
         path.write_text(text.replace(self.old, self.new))
 
 
@@ -52,57 +56,57 @@ def _fault(name: str, file: str, old: str, new: str, *tests: str) -> Fault:
 
 FAULTS = (
     # What calls the kernels: only a model that runs them, interpreted, can notice.
-    _fault("kernel: epsilon of the norm a hundred times too large", "fp8jax/fused_ops.py",
+    _fault("kernel: epsilon of the norm a hundred times too large", "fp8jax/ops/fused.py",
            "            epsilon=epsilon,\n            residual=", "            epsilon=100 * epsilon,\n            residual=",
            f"{_KERNELS}[llama31-fp8_per_tensor]"),
-    _fault("kernel: residual branch shrunk by 3 %", "fp8jax/fused_ops.py",
+    _fault("kernel: residual branch shrunk by 3 %", "fp8jax/ops/fused.py",
            "residual_multiplier=multiplier,", "residual_multiplier=0.97 * multiplier,", f"{_KERNELS}[llama31-fp8_per_block]"),
-    _fault("kernel: attention window one key too wide", "fp8jax/fused_ops.py",
+    _fault("kernel: attention window one key too wide", "fp8jax/ops/fused.py",
            "            window=window,\n            scale_layout", "            window=window and window + 1,\n            scale_layout",
            f"{_KERNELS}[mistral-fp8_per_block]"),
-    _fault("kernel: new token not rotated", "fp8jax/fused_ops.py",
+    _fault("kernel: new token not rotated", "fp8jax/ops/fused.py",
            "        _rows(qkv),\n        cos,\n        sin,",
            "        _rows(qkv),\n        jnp.ones_like(cos),\n        jnp.zeros_like(sin),",
            f"{_KERNELS}[llama31-None]"),
-    _fault("kernel: norms of q and k exchanged", "fp8jax/fused_ops.py",
+    _fault("kernel: norms of q and k exchanged", "fp8jax/ops/fused.py",
            "q_norm=q_norm,\n        k_norm=k_norm,", "q_norm=k_norm,\n        k_norm=q_norm,", f"{_KERNELS}[qwen3_moe-fp8_per_tensor]"),
-    _fault("kernel: bias dropped", "fp8jax/ops.py",
+    _fault("kernel: bias dropped", "fp8jax/ops/matmul.py",
            'options = {"bias": bias, "config": config', 'options = {"bias": None, "config": config',
            f"{_KERNELS}[llama_bias_headdim-fp8_per_tensor]"),
-    _fault("kernel: attention forgets the new token", "fp8jax/layers.py",
-           "q, cache, positions + 1, scale", "q, cache, jnp.maximum(positions, 1), scale", f"{_KERNELS}[llama31-None]"),
-    _fault("kernel: experts' results not weighted", "fp8jax/ops.py",
+    _fault("kernel: attention forgets the new token", "models/layers.py",
+           "            positions + 1,\n", "            jnp.maximum(positions, 1),\n", f"{_KERNELS}[llama31-None]"),
+    _fault("kernel: experts' results not weighted", "fp8jax/ops/matmul.py",
            "        **per_slot,\n        work=work,\n        row_groups",
            '        **(per_slot | {"row_weight": None}),\n        work=work,\n        row_groups',
            f"{_KERNELS}[granitemoe-fp8_per_block]"),
     # Layers, on every device.
-    _fault("epsilon of the norm a hundred times too large", "fp8jax/fused_ops.py",
+    _fault("epsilon of the norm a hundred times too large", "fp8jax/ops/fused.py",
            "mean_square + jnp.float32(epsilon)", "mean_square + jnp.float32(100 * epsilon)", _DENSE),
-    _fault("residual branch shrunk by 3 %", "fp8jax/fused_ops.py",
+    _fault("residual branch shrunk by 3 %", "fp8jax/ops/fused.py",
            "stream + times(_whole(added), multiplier)", "stream + times(_whole(added), 0.97 * multiplier)", _DENSE),
-    _fault("gate and up exchanged in the activation", "fp8jax/fused_ops.py",
+    _fault("gate and up exchanged in the activation", "fp8jax/ops/fused.py",
            "    gate, up = jnp.split(gate_up.astype", "    up, gate = jnp.split(gate_up.astype", _DENSE),
-    _fault("attention window one key too wide", "fp8jax/layers.py",
+    _fault("attention window one key too wide", "models/layers.py",
            "visible &= key_positions > positions", "visible &= key_positions >= positions", _FAMILIES),
-    _fault("attention scores not scaled", "fp8jax/layers.py", "scores * jnp.float32(scale)", "scores * jnp.float32(1)", _DENSE),
-    _fault("query heads dealt to the wrong key-value heads", "fp8jax/layers.py",
+    _fault("attention scores not scaled", "models/layers.py", "scores * jnp.float32(scale)", "scores * jnp.float32(1)", _DENSE),
+    _fault("query heads dealt to the wrong key-value heads", "models/layers.py",
            "grouped = q.reshape(b, kv_heads, h // kv_heads, t, d)",
            "grouped = q.reshape(b, h // kv_heads, kv_heads, t, d).swapaxes(1, 2)", _DENSE),
-    _fault("rotation turns the other way", "fp8jax/rotary_embedding.py",
+    _fault("rotation turns the other way", "models/rotary_embedding.py",
            "[x1 * cos - x2 * sin, x2 * cos + x1 * sin]", "[x1 * cos + x2 * sin, x2 * cos - x1 * sin]", _DENSE),
-    _fault("yarn without its attention factor", "fp8jax/rotary_embedding.py",
+    _fault("yarn without its attention factor", "models/rotary_embedding.py",
            "multiplier = jnp.float32(rope.multiplier())", "multiplier = jnp.float32(1)", _DENSE),
-    _fault("bias dropped", "fp8jax/ops.py",
-           "return out if bias is None else out + bias", "return out if True else out + bias", _DENSE),
+    _fault("bias dropped", "fp8jax/ops/matmul.py",
+           "        if bias is None\n        else out", "        if True\n        else out", _DENSE),
     _fault("logits not divided", "models/decoder.py",
-           "if self.config.logits_divisor != 1 else logits", "if self.config.logits_divisor == 0 else logits", _FAMILIES),
+           "if self.config.logits_divisor != 1\n", "if self.config.logits_divisor == 0\n", _FAMILIES),
     # The router and the experts.
-    _fault("chosen experts' weights not renormalised", "fp8jax/moe.py",
+    _fault("chosen experts' weights not renormalised", "models/moe.py",
            'if config.renormalise == "yes":', 'if config.renormalise == "always":', _MOE),
-    _fault("softmax over all experts instead of the chosen", "fp8jax/moe.py",
+    _fault("softmax over all experts instead of the chosen", "models/moe.py",
            'if config.softmax_over == "chosen":', 'if config.softmax_over == "picked":', _MOE),
-    _fault("weights of other slots", "fp8jax/moe.py", "weight=weights.reshape(-1)[pair]", "weight=weights.reshape(-1)", _MOE),
-    _fault("padding goes to experts", "fp8jax/moe.py",
+    _fault("weights of other slots", "models/moe.py", "weight=weights.reshape(-1)[pair]", "weight=weights.reshape(-1)", _MOE),
+    _fault("padding goes to experts", "models/moe.py",
            "    if valid is not None:\n        experts = jnp.where", "    if False:\n        experts = jnp.where",
            "tests/test_moe.py::test_padding_is_sorted_behind_everything_and_belongs_to_no_expert"),
     # Choosing tokens, and the loop around it.
@@ -131,15 +135,15 @@ FAULTS = (
     _fault("block scale of the row before", "pallas_kernels/block_scaled_matmul.py",
            "w_scale[numbers // BLOCK]", "w_scale[jnp.maximum(numbers - 1, 0) // BLOCK]", "tests/test_widened_dot.py"),
     # Reading and loading.
-    _fault("a hole between tensors is accepted", "fp8jax/safetensors_file.py",
+    _fault("a hole between tensors is accepted", "fp8jax/checkpoints/safetensors_file.py",
            "if info.begin != reached:", "if info.begin < reached:", "tests/test_safetensors_file.py"),
-    _fault("offsets counted from the length field", "fp8jax/safetensors_file.py",
+    _fault("offsets counted from the length field", "fp8jax/checkpoints/safetensors_file.py",
            "data_start = 8 + len(header)", "data_start = len(header)", "tests/test_safetensors_file.py"),
-    _fault("experts in another order", "fp8jax/parameters.py",
+    _fault("experts in another order", "fp8jax/checkpoints/parameters.py",
            "first = expert * groups", "first = (self.shape[0] - 1 - expert) * groups", _MOE),
-    _fault("gate and up exchanged on the way in", "fp8jax/parameters.py",
-           "for source, shape in self.sources[first : first + groups])",
-           "for source, shape in self.sources[first : first + groups][::-1])", _MOE),
+    _fault("gate and up exchanged on the way in", "fp8jax/checkpoints/parameters.py",
+           "for source, shape in self.sources[first : first + groups]\n",
+           "for source, shape in self.sources[first : first + groups][::-1]\n", _MOE),
     _fault("a replaced file goes unnoticed", "fp8jax/loading.py", "        checkpoint.verify_unchanged()\n", "",
            "tests/test_filling.py::test_a_checkpoint_that_is_replaced_while_it_loads_is_an_error"),
 )  # fmt: skip

@@ -1,7 +1,9 @@
-"""Published config.json files as tiny checkpoints: what two libraries need to compare how they read the same file.
+"""Published config.json files as tiny checkpoints: what two libraries need to compare how they read
+the same file.
 
-`tests/data/configs/<family>.json` holds config.json of popular checkpoints as they are published (README.md there). A tiny
-checkpoint with the same meaning has other sizes and nothing else changed; `shrunk` is the rule:
+`tests/data/configs/<family>.json` holds config.json of popular checkpoints as they are published
+(README.md there). A tiny checkpoint with the same meaning has other sizes and nothing else changed;
+`shrunk` is the rule:
 
     num_key_value_heads, heads      2 and 2 · (heads / kv heads), or 1 and heads / kv heads if that would be more than 8 heads
     hidden_size                     96, or 16 · heads where 96 does not divide into heads
@@ -13,10 +15,12 @@ checkpoint with the same meaning has other sizes and nothing else changed; `shru
     sliding_window                  8, so that 16 tokens pass it
     attention_multiplier            times published over shrunk head_dim: Granite states it as 1 / head_dim
 
-Contexts and everything of rope stay; to see what a scaling for long contexts does, such a model gets 512 tokens.
+Contexts and everything of rope stay; to see what a scaling for long contexts does, such a model
+gets 512 tokens.
 
-Weights follow from a tensor's name and shape (`tensor`), so they need not be stored or handed over. This file needs NumPy
-alone: it is imported by the scripts that run torch and by the tests that run JAX.
+Weights follow from a tensor's name and shape (`tensor`), so they need not be stored or handed over.
+This file needs NumPy alone: it is imported by the scripts that run torch and by the tests that run
+JAX.
 """
 
 import functools
@@ -58,7 +62,9 @@ class RealConfig:
 def real_configs() -> dict[str, RealConfig]:
     """All of them by name."""
     return {
-        name: RealConfig(name=name, family=path.stem, published=entry["config"], refused=entry.get("refused"))
+        name: RealConfig(
+            name=name, family=path.stem, published=entry["config"], refused=entry.get("refused")
+        )
         for path in sorted(CONFIGS.glob("*.json"))
         for name, entry in json.loads(path.read_text()).items()
     }
@@ -73,7 +79,9 @@ def shrunk(published: Mapping[str, Any]) -> dict[str, Any]:
     small_heads = small_kv_heads * ratio
     head_dim = published.get("head_dim") or published["hidden_size"] // heads
     small_hidden = HIDDEN if HIDDEN % small_heads == 0 else HEAD_DIM * small_heads
-    small_head_dim = small_hidden // small_heads if published["hidden_size"] == head_dim * heads else HEAD_DIM
+    small_head_dim = (
+        small_hidden // small_heads if published["hidden_size"] == head_dim * heads else HEAD_DIM
+    )
     sizes = {
         "head_dim": small_head_dim,
         "hidden_size": small_hidden,
@@ -95,7 +103,9 @@ def shrunk(published: Mapping[str, Any]) -> dict[str, Any]:
         layers, first = published["num_hidden_layers"], published["max_window_layers"]
         small["max_window_layers"] = 2 + (first > layers) - (first < layers)
     if "attention_multiplier" in published:
-        small["attention_multiplier"] = published["attention_multiplier"] * head_dim / small_head_dim
+        small["attention_multiplier"] = (
+            published["attention_multiplier"] * head_dim / small_head_dim
+        )
     for key in _TOKEN_IDS:
         ids = published.get(key)
         if isinstance(ids, list):
@@ -106,9 +116,12 @@ def shrunk(published: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def token_ids(config: Mapping[str, Any]) -> np.ndarray:
-    """The tokens that a shrunk model is asked about: int32 `[1, 16]`, or `[1, 512]` where rope is scaled."""
+    """The tokens that a shrunk model is asked about: int32 `[1, 16]`, or `[1, 512]` where rope is
+    scaled."""
     scaled = config.get("rope_scaling") or config.get("rope_parameters")
-    return np.random.default_rng(0).integers(8, VOCABULARY, (1, LONG if scaled else SHORT), np.int32)
+    return np.random.default_rng(0).integers(
+        8, VOCABULARY, (1, LONG if scaled else SHORT), np.int32
+    )
 
 
 def tensor(name: str, shape: Iterable[int]) -> np.ndarray:
@@ -123,14 +136,17 @@ def tensor(name: str, shape: Iterable[int]) -> np.ndarray:
     if name.endswith("bias"):
         return np.float32(0.2) * noise
     gain = 1.0
-    if any(part in name for part in ("q_proj", "k_proj", "mlp.gate.", "moe.gate.", "router", "lm_head")):
+    if any(
+        part in name for part in ("q_proj", "k_proj", "mlp.gate.", "moe.gate.", "router", "lm_head")
+    ):
         gain = 2.0
     scale = 1.0 if "embed" in name else gain * max(shape[-1], 1) ** -0.5 if shape else gain
     return np.float32(scale) * noise
 
 
 def write_names(shapes: Mapping[str, Iterable[int]]) -> list[str]:
-    """Names and shapes as a sorted list of "model.norm.weight 64": what is handed over in place of weights."""
+    """Names and shapes as a sorted list of "model.norm.weight 64": what is handed over in place of
+    weights."""
     return [f"{name} {'x'.join(map(str, shape))}" for name, shape in sorted(shapes.items())]
 
 

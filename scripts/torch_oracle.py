@@ -1,7 +1,9 @@
-"""What transformers makes of a config.json: the tensors it asks a checkpoint for, and the logits it computes from them.
+"""What transformers makes of a config.json: the tensors it asks a checkpoint for, and the logits it
+computes from them.
 
-The weights are those of `real_configs.tensor`. They are written to a folder under the names of published checkpoints, and
-the model is loaded from there by AutoModelForCausalLM, in float32, with eager attention and without the checkpoint's code.
+The weights are those of `real_configs.tensor`. They are written to a folder under the names of
+published checkpoints, and the model is loaded from there by AutoModelForCausalLM, in float32, with
+eager attention and without the checkpoint's code.
 """
 
 # pyright: reportMissingImports=false
@@ -27,20 +29,25 @@ class TooLargeError(Exception):
 
 
 def published_tensors(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors of a checkpoint with this folder's config.json, experts one by one.
+    """Names and shapes of the tensors of a checkpoint with this folder's config.json, experts one
+    by one.
 
     Raises:
         TooLargeError: together they are more than `MOST_WEIGHTS`.
     """
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, attn_implementation="eager")
+        model = AutoModelForCausalLM.from_config(
+            config, trust_remote_code=False, attn_implementation="eager"
+        )
     state = dict(model.state_dict())
     if sum(weight.numel() for weight in state.values()) > MOST_WEIGHTS:
         raise TooLargeError(f"more than {MOST_WEIGHTS} weights")
     for name in model.all_tied_weights_keys:
         state.pop(name, None)
-    return {name: tuple(weight.shape) for name, weight in revert_weight_conversion(model, state).items()}
+    return {
+        name: tuple(weight.shape) for name, weight in revert_weight_conversion(model, state).items()
+    }
 
 
 @torch.no_grad()
@@ -67,7 +74,9 @@ def torch_logits(
     faults = {kind: names for kind, names in told.items() if names}
     if faults:
         raise RuntimeError(f"the names of the tensors are not those that are read: {faults}")
-    if hasattr(model, "set_experts_implementation") and hasattr(model.config, "num_experts_per_tok"):
+    if hasattr(model, "set_experts_implementation") and hasattr(
+        model.config, "num_experts_per_tok"
+    ):
         model.set_experts_implementation("eager")
     logits = model.eval()(torch.from_numpy(token_ids).long(), use_cache=False).logits
     return shapes, logits.numpy()

@@ -1,4 +1,5 @@
-"""Find the fastest config of each matmul kernel by timing, within a given time, and write the tuned tables.
+"""Find the fastest config of each matmul kernel by timing, within a given time, and write the tuned
+tables.
 
     python scripts/tune_kernels.py --shapes llama-3.1-8b --minutes 8          # again, to go on where it stopped
     python scripts/tune_kernels.py --device h100 --plan plan.json             # no GPU: drop what cannot be fast
@@ -6,14 +7,16 @@
     python scripts/tune_kernels.py --shapes qwen3-30b-a3b --op grouped_scaled_matmul      # experts
     JAX_PLATFORMS=cpu python scripts/tune_kernels.py --shapes tiny --m 1 --tokens 1 --tuned tuned_on_cpu
 
-What is tuned, and which configs are tried, stands in `tunable_ops.py`. For each shape the default config comes first,
-then, up to a number, the candidates that differ least from the best so far. One that does not compile is out. The three
-fastest are compared with the XLA path's result and timed again with more samples, and the fastest that is right goes
-into `pallas_kernels/tuned/<device>/<op>.json` at once, beside the time of that XLA path: the reference, which is what
-runs where no kernel does, for experts a loop over tiles.
+What is tuned, and which configs are tried, stands in `tunable_ops.py`. For each shape the default
+config comes first, then, up to a number, the candidates that differ least from the best so far. One
+that does not compile is out. The three fastest are compared with the XLA path's result and timed
+again with more samples, and the fastest that is right goes into
+`pallas_kernels/tuned/<device>/<op>.json` at once, beside the time of that XLA path: the reference,
+which is what runs where no kernel does, for experts a loop over tiles.
 
-A plan is a list of candidates compiled offline (extra `[offline-gpu]`): those that spill registers, leave the FP8
-tensor cores or do not fit are not in it. Every time taken goes into a JSON file row by row.
+A plan is a list of candidates compiled offline (extra `[offline-gpu]`): those that spill registers,
+leave the FP8 tensor cores or do not fit are not in it. Every time taken goes into a JSON file row
+by row.
 """
 
 import dataclasses
@@ -29,22 +32,29 @@ import typer
 from benchmark_matmul import parts
 from tunable_ops import OPS, SHAPES, Case, cases_of
 
-from fp8jax import benchmarking
-from fp8jax.benchmarking import Deadline, ResultFile
+from fp8jax.devtools import benchmarking
+from fp8jax.devtools.benchmarking import Deadline, ResultFile
+from fp8jax.devtools.offline_compile import OfflineCompileError, OfflineCompiler, available
+from fp8jax.devtools.offline_targets import TARGETS, Target
 from fp8jax.pallas_kernels import tuning
 from fp8jax.pallas_kernels.matmul_config import Config
-from fp8jax.pallas_kernels.offline_compile import OfflineCompileError, OfflineCompiler, available
-from fp8jax.pallas_kernels.offline_targets import TARGETS, Target
 
 _SAME_RESULT = 1e-4  # calc_diff: bfloat16 rounding is 1e-6, fast accumulation stays below
 _FINALISTS, _FINAL_SAMPLES = 3, 9
-_FAILURES = (jax.errors.JaxRuntimeError, NotImplementedError, ValueError)  # of a config that cannot be compiled or run
+_FAILURES = (
+    jax.errors.JaxRuntimeError,
+    NotImplementedError,
+    ValueError,
+)  # of a config that cannot be compiled or run
 
 
 def fits(config: Config, target: Target) -> bool:
     """Whether the tiles in flight fit into shared memory; known without compiling."""
     stages = config.num_stages if target.capability >= (9, 0) else config.num_stages - 1
-    return stages * (config.block_m + config.block_n) * config.block_k + 1024 <= target.shared_per_block
+    return (
+        stages * (config.block_m + config.block_n) * config.block_k + 1024
+        <= target.shared_per_block
+    )
 
 
 def make_plan(device: str, cases: list[Case], deadline: Deadline) -> dict[str, Any]:
@@ -92,7 +102,9 @@ def tune(
     config_kind = kind if jax.default_backend() == "gpu" else TARGETS["h100"].name
     planned = {}
     for case in plan["cases"] if plan else ():
-        planned[_key({name: value for name, value in case.items() if name != "candidates"})] = case["candidates"]
+        planned[_key({name: value for name, value in case.items() if name != "candidates"})] = case[
+            "candidates"
+        ]
     finished = 0
     for case in cases:
         op = case.op
@@ -123,8 +135,12 @@ def _tune_one(
 ) -> tuning.Entry | None:
     """The winner for one shape, None where time ran out."""
     contender = case.contender
-    operand_sets, l2 = contender.operand_sets(device := benchmarking.limits(results.header["device"]))
-    time_calls = functools.partial(benchmarking.time_calls, operand_sets=operand_sets, l2=l2, rounds=2 if device else 1)
+    operand_sets, l2 = contender.operand_sets(
+        device := benchmarking.limits(results.header["device"])
+    )
+    time_calls = functools.partial(
+        benchmarking.time_calls, operand_sets=operand_sets, l2=l2, rounds=2 if device else 1
+    )
 
     def run_of(config: Config) -> Callable[..., Any]:
         assert isinstance(contender.run, functools.partial)
@@ -143,7 +159,9 @@ def _tune_one(
             if deadline.passed:
                 return None
             try:
-                measured: dict[str, Any] = {"microseconds": time_calls(run_of(config), samples=samples).microseconds}
+                measured: dict[str, Any] = {
+                    "microseconds": time_calls(run_of(config), samples=samples).microseconds
+                }
             except _FAILURES as error:
                 measured = {"error": f"{type(error).__name__}: {error}"[:300]}
             row = results.add(fields | measured)
@@ -156,7 +174,10 @@ def _tune_one(
         if len(final) == _FINALISTS or deadline.passed:
             break
         if (difference := calc_diff(run_of(config)(*operand_sets[0]), expected)) > _SAME_RESULT:
-            print(f"{_fields(case)}: {config} is wrong, calc_diff {difference:.2g} from the XLA path", flush=True)
+            print(
+                f"{_fields(case)}: {config} is wrong, calc_diff {difference:.2g} from the XLA path",
+                flush=True,
+            )
             continue
         final[config] = time_calls(run_of(config), samples=_FINAL_SAMPLES).microseconds
     if not final or deadline.passed:
@@ -175,7 +196,9 @@ def _tune_one(
 
 def _differences(config: Config, other: Config) -> int:
     """Number of fields in which they differ."""
-    return sum(getattr(config, f.name) != getattr(other, f.name) for f in dataclasses.fields(Config))
+    return sum(
+        getattr(config, f.name) != getattr(other, f.name) for f in dataclasses.fields(Config)
+    )
 
 
 def calc_diff(x: jax.Array, y: jax.Array) -> float:
@@ -194,15 +217,25 @@ def _key(fields: Mapping[str, int | str]) -> frozenset[tuple[str, int | str]]:
 
 
 def main(
-    shapes: Annotated[str, typer.Option(help=f"Comma-separated, of {', '.join(SHAPES)}.")] = "llama-3.1-8b",
-    m: Annotated[str, typer.Option(help="Rows of linear layers; in this order.")] = "16,4096,64,1024,32,256,128,512",
-    tokens: Annotated[str, typer.Option(help="Tokens that meet experts; in this order.")] = "1,2048,16,256,64",
+    shapes: Annotated[
+        str, typer.Option(help=f"Comma-separated, of {', '.join(SHAPES)}.")
+    ] = "llama-3.1-8b",
+    m: Annotated[
+        str, typer.Option(help="Rows of linear layers; in this order.")
+    ] = "16,4096,64,1024,32,256,128,512",
+    tokens: Annotated[
+        str, typer.Option(help="Tokens that meet experts; in this order.")
+    ] = "1,2048,16,256,64",
     op: Annotated[str, typer.Option(help="Kernels.")] = ",".join(OPS),
     minutes: Annotated[float, typer.Option(help="Stop after.")] = 60,
     most: Annotated[int, typer.Option(help="Candidates a shape at most.")] = 16,
     samples: Annotated[int, typer.Option(help="Samples of the first timing.")] = 3,
-    device: Annotated[str, typer.Option(help=f"Only make the plan, for one of {', '.join(TARGETS)}.")] = "",
-    plan: Annotated[Path | None, typer.Option(help="Candidates that compiled well; see above.")] = None,
+    device: Annotated[
+        str, typer.Option(help=f"Only make the plan, for one of {', '.join(TARGETS)}.")
+    ] = "",
+    plan: Annotated[
+        Path | None, typer.Option(help="Candidates that compiled well; see above.")
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="All times taken.")] = None,
     tuned: Annotated[Path, typer.Option(help="Folder of the tables.")] = tuning.TUNED,
 ) -> None:
@@ -210,7 +243,9 @@ def main(
     names, ops = parts(shapes), parts(op)
     for given, known in ((names, SHAPES), (ops, OPS), ([device] if device else [], TARGETS)):
         if unknown := set(given) - set(known):
-            raise SystemExit(f"tune_kernels: unknown {sorted(unknown)}; choose of {', '.join(known)}")
+            raise SystemExit(
+                f"tune_kernels: unknown {sorted(unknown)}; choose of {', '.join(known)}"
+            )
     rows, batches = ([int(part) for part in parts(option)] for option in (m, tokens))
     cases = list(cases_of(names, rows, batches, ops))
     deadline = Deadline(minutes)
@@ -222,11 +257,14 @@ def main(
         made = make_plan(device, cases, deadline)
         plan.write_text(json.dumps(made) + "\n", encoding="utf-8")
         left = sum(len(case["candidates"]) for case in made["cases"])
-        print(json.dumps({"device": made["device"], "cases": len(made["cases"]), "candidates": left}))
+        print(
+            json.dumps({"device": made["device"], "cases": len(made["cases"]), "candidates": left})
+        )
         return
     if jax.default_backend() != "gpu" and tuned == tuning.TUNED:
         raise SystemExit(
-            "tune_kernels: no GPU here; times of a CPU do not belong in the tables, name a folder with --tuned"
+            "tune_kernels: no GPU here; times of a CPU do not belong in the tables, name a folder "
+            "with --tuned"
         )
     try:
         results = ResultFile(json_file, title="tuning", device=jax.devices()[0].device_kind)
@@ -234,7 +272,16 @@ def main(
         finished = tune(cases, listed, results, deadline, most=most, samples=samples, folder=tuned)
     except (OSError, ValueError) as error:
         raise SystemExit(f"tune_kernels: {error}") from None
-    print(json.dumps({**results.header, "cases": len(cases), "finished_now": finished, "timed": len(results.rows)}))
+    print(
+        json.dumps(
+            {
+                **results.header,
+                "cases": len(cases),
+                "finished_now": finished,
+                "timed": len(results.rows),
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

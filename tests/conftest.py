@@ -1,12 +1,18 @@
-"""What holds for every test: JAX on the CPU unless a GPU is asked for, no silent promotion, no network.
+"""What holds for every test: JAX on the CPU unless a GPU is asked for, no silent promotion, no
+network.
 
-- `JAX_PLATFORMS=cpu` unless the caller set it or runs `pytest -m gpu`. It is set before any test module imports JAX.
-- `jax_numpy_dtype_promotion=strict`: bf16 + f32 is an error in tests, so every cast in the library is written down.
-- Hub clients are offline: a test that would reach for the network fails instead of passing on a good day.
-- JAX's persistent compilation cache stays off: a test must not depend on what an earlier run compiled.
+- `JAX_PLATFORMS=cpu` unless the caller set it or runs `pytest -m gpu`. It is set before any test
+  module imports JAX.
+- `jax_numpy_dtype_promotion=strict`: bf16 + f32 is an error in tests, so every cast in the library
+  is written down.
+- Hub clients are offline: a test that would reach for the network fails instead of passing on a
+  good day.
+- JAX's persistent compilation cache stays off: a test must not depend on what an earlier run
+  compiled.
 - Tests marked `gpu` are skipped, with the reason, where JAX sees no GPU.
 
-Fixtures that several files use: `compiler` (for GPUs that are not here; skips where that cannot be) and `script`.
+Fixtures that several files use: `compiler` (for GPUs that are not here; skips where that cannot be)
+and `script`.
 """
 
 import importlib
@@ -43,7 +49,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="module")
 def compiler():
-    from fp8jax.pallas_kernels.offline_compile import OfflineCompiler, available
+    from fp8jax.devtools.offline_compile import OfflineCompiler, available
 
     if reason := available():
         pytest.skip(reason)

@@ -1,4 +1,5 @@
-"""The frozen checkpoints under tests/goldens and what torch computed with them (see scripts/make_goldens.py)."""
+"""The frozen checkpoints under tests/goldens and what torch computed with them (see
+scripts/make_goldens.py)."""
 
 import functools
 from pathlib import Path
@@ -53,4 +54,7 @@ def relative_error(found, expected) -> float:
 def share_of_quantization_error(found, oracle, unquantized) -> float:
     """‖found − oracle‖ as a share of e = ‖oracle − unquantized‖."""
     oracle, unquantized = np.asarray(oracle, np.float64), np.asarray(unquantized, np.float64)
-    return float(np.linalg.norm(np.asarray(found, np.float64) - oracle) / np.linalg.norm(oracle - unquantized))
+    return float(
+        np.linalg.norm(np.asarray(found, np.float64) - oracle)
+        / np.linalg.norm(oracle - unquantized)
+    )

@@ -1,8 +1,9 @@
-"""A child process that loads a checkpoint, and its parent that watches how much private memory the child takes.
+"""A child process that loads a checkpoint, and its parent that watches how much private memory the
+child takes.
 
-The parent samples RssAnon every 2 ms or so: pages of the page cache do not count. Run as a
-script, this file is the child: it imports what loading needs, says "idle", waits for a line, loads, and says what it
-holds.
+The parent samples RssAnon every 2 ms or so: pages of the page cache do not count. Run as a script,
+this file is the child: it imports what loading needs, says "idle", waits for a line, loads, and
+says what it holds.
 """
 
 import json
@@ -31,10 +32,13 @@ class Probe:
 def watch_loading(folder: Path, scheme: str, *, mode: str = "load") -> Probe:
     """Load `folder` in a process of its own.
 
-    For negative controls, mode "keep" also keeps an unquantized copy, and "whole" makes one piece of every matrix.
+    For negative controls, mode "keep" also keeps an unquantized copy, and "whole" makes one piece
+    of every matrix.
     """
     command = [sys.executable, __file__, str(folder), scheme, mode]
-    with subprocess.Popen(command, cwd=HERE.parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+    with subprocess.Popen(
+        command, cwd=HERE.parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as child:
         assert child.stdin is not None and child.stdout is not None
         assert child.stdout.readline().strip() == "idle"
         idle = peak = private_bytes(child.pid)
@@ -64,8 +68,8 @@ def _child(folder: str, scheme: str, mode: str) -> None:
     import jax.numpy as jnp
 
     import fp8jax
-    from fp8jax import filling
-    from fp8jax.checkpoint import Checkpoint
+    from fp8jax.checkpoints import filling
+    from fp8jax.checkpoints.folder import Checkpoint
 
     jax.block_until_ready(jnp.zeros(8) + 1)  # the backend is part of idling
     print("idle", flush=True)
@@ -73,12 +77,19 @@ def _child(folder: str, scheme: str, mode: str) -> None:
     kept = []
     if mode == "keep":
         with Checkpoint.open(folder) as checkpoint:
-            kept = [jax.device_put(checkpoint.read(name), may_alias=False) for name in checkpoint.tensors]
+            kept = [
+                jax.device_put(checkpoint.read(name), may_alias=False)
+                for name in checkpoint.tensors
+            ]
             jax.block_until_ready(kept)
     if mode == "whole":
         filling.PIECE_BYTES = 1 << 40
     lm = fp8jax.load_quantized(folder, scheme)
-    held = {"bytes_before": lm.report.bytes_before, "bytes_after": lm.report.bytes_after, "kept": len(kept)}
+    held = {
+        "bytes_before": lm.report.bytes_before,
+        "bytes_after": lm.report.bytes_after,
+        "kept": len(kept),
+    }
     print(json.dumps(held), flush=True)
 
 

@@ -1,4 +1,5 @@
-"""Decoders of any size with random weights, where what a checkpoint holds does not matter: memory, shapes, faults."""
+"""Decoders of any size with random weights, where what a checkpoint holds does not matter: memory,
+shapes, faults."""
 
 from dataclasses import dataclass
 from typing import Any, cast
@@ -31,7 +32,10 @@ def random_model(*, dtype: str = "float32", seed: int = 0, **numbers: Any) -> fp
     model = CausalLM(read_decoder_config(raw, dtype=dtype))
     leaves, structure = jax.tree.flatten(model)
     random = np.random.default_rng(seed)
-    filled = [jnp.asarray(random.standard_normal(leaf.shape, np.float32) / 8, leaf.dtype) for leaf in leaves]
+    filled = [
+        jnp.asarray(random.standard_normal(leaf.shape, np.float32) / 8, leaf.dtype)
+        for leaf in leaves
+    ]
     model = jax.tree.unflatten(structure, filled)
     report = cast(fp8jax.LoadReport, None)  # nothing was loaded
     return fp8jax.LanguageModel(model, config=raw, generation_config={}, folder=None, report=report)

@@ -1,4 +1,5 @@
-"""The loss of a model over known tokens, and its gradient with respect to the residual stream before every layer."""
+"""The loss of a model over known tokens, and its gradient with respect to the residual stream
+before every layer."""
 
 from typing import Any
 
@@ -6,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fp8jax.fused_ops import times
-from fp8jax.layers import Step
-from fp8jax.rotary_embedding import cos_sin
+from fp8jax.models.layers import Step
+from fp8jax.models.rotary_embedding import cos_sin
+from fp8jax.ops.fused import times
 
 
 def cross_entropy(logits: jax.Array, token_ids: jax.Array) -> jax.Array:
@@ -18,7 +19,8 @@ def cross_entropy(logits: jax.Array, token_ids: jax.Array) -> jax.Array:
 
 
 def loss_with(model: Any, added_to_stream: jax.Array, token_ids: jax.Array) -> jax.Array:
-    """The loss with `added_to_stream` `[layers + 1, b, t, h]` added to what each layer, and the final norm, reads."""
+    """The loss with `added_to_stream` `[layers + 1, b, t, h]` added to what each layer, and the
+    final norm, reads."""
     config, decoder = model.config, model.model
     positions = jnp.broadcast_to(jnp.arange(token_ids.shape[1], dtype=jnp.int32), token_ids.shape)
     cos, sin = cos_sin(config.rope, positions)
@@ -27,7 +29,9 @@ def loss_with(model: Any, added_to_stream: jax.Array, token_ids: jax.Array) -> j
     for layer, more in zip(decoder.layers, added_to_stream[:-1], strict=True):
         x, added, _ = layer(x + more, added, step, None)
     multiplier = config.residual_multiplier
-    y, _ = decoder.norm.after_adding(x + added_to_stream[-1], added, step, multiplier=multiplier, reader=None)
+    y, _ = decoder.norm.after_adding(
+        x + added_to_stream[-1], added, step, multiplier=multiplier, reader=None
+    )
     return cross_entropy(model.logits(y), token_ids)
 
 

@@ -1,8 +1,9 @@
 """Make Pallas' interpreter notice what a GPU would do silently: read or write outside an array.
 
-The interpreter clamps an index that is too large when it reads and drops the value when it writes, so that a missing mask
-shows in no result. Inside `strict_memory()` every load and store of a kernel checks its unmasked indices first; if one is
-outside, all values of that load or store become NaN, which no test overlooks.
+The interpreter clamps an index that is too large when it reads and drops the value when it writes,
+so that a missing mask shows in no result. Inside `strict_memory()` every load and store of a kernel
+checks its unmasked indices first; if one is outside, all values of that load or store become NaN,
+which no test overlooks.
 """
 
 import contextlib
@@ -15,7 +16,8 @@ import jax.numpy as jnp
 
 @contextlib.contextmanager
 def strict_memory() -> Iterator[None]:
-    """While kernels are traced inside, an access outside its array gives NaN. Kernels traced before are traced again.
+    """While kernels are traced inside, an access outside its array gives NaN. Kernels traced before
+    are traced again.
 
     Does nothing on a GPU, where the kernels are compiled.
     """
@@ -38,7 +40,10 @@ def strict_memory() -> Iterator[None]:
         store(ref, value, mask=mask, **options)
 
     jax.clear_caches()
-    with mock.patch.object(plgpu, "load", strict_load), mock.patch.object(plgpu, "store", strict_store):
+    with (
+        mock.patch.object(plgpu, "load", strict_load),
+        mock.patch.object(plgpu, "store", strict_store),
+    ):
         yield
     jax.clear_caches()
 

@@ -21,7 +21,8 @@ def ordinal(codes):
 
 
 def assert_nearly_the_same_codes(found, expected):
-    """The bound of the reference's own tests: under 0.2 % differ, none by more than one step. XLA divides approximately."""
+    """The bound of the reference's own tests: under 0.2 % differ, none by more than one step. XLA
+    divides approximately."""
     apart = np.abs(ordinal(found) - ordinal(expected))
     assert apart.max() <= 1
     assert (apart > 0).mean() < 0.002
@@ -40,7 +41,9 @@ def test_codes_and_scales_follow_torch(case, scheme):
     assert_nearly_the_same_codes(q.qvalue, codes)
 
 
-@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16, np.float32], ids=["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize(
+    "dtype", [ml_dtypes.bfloat16, np.float16, np.float32], ids=["bfloat16", "float16", "float32"]
+)
 @pytest.mark.parametrize("granularity", ["token", "group", "tensor"])
 def test_codes_and_scales_follow_float64_arithmetic(granularity, dtype):
     rng = np.random.default_rng(0)

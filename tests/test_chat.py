@@ -1,4 +1,5 @@
-"""Chat: a conversation through the checkpoint's template; mistakes in either come back as sentences, before any work."""
+"""Chat: a conversation through the checkpoint's template; mistakes in either come back as
+sentences, before any work."""
 
 import pytest
 from test_tokenizer import TEMPLATE, checkpoint
@@ -8,7 +9,9 @@ import fp8jax
 
 @pytest.fixture(scope="module")
 def lm(tmp_path_factory):
-    return fp8jax.load_quantized(checkpoint(tmp_path_factory.mktemp("chat") / "c", chat_template=TEMPLATE), None)
+    return fp8jax.load_quantized(
+        checkpoint(tmp_path_factory.mktemp("chat") / "c", chat_template=TEMPLATE), None
+    )
 
 
 HELLO = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}]
@@ -22,7 +25,9 @@ def test_a_conversation_is_continued_as_the_template_writes_it(lm):
 
 
 def test_template_options_reach_the_template(lm, monkeypatch):
-    monkeypatch.setattr(lm.tokenizer, "chat_template", TEMPLATE + "{% if not thinking %}no{% endif %}")
+    monkeypatch.setattr(
+        lm.tokenizer, "chat_template", TEMPLATE + "{% if not thinking %}no{% endif %}"
+    )
     options = {"max_new_tokens": 4, "temperature": 0}
     for thinking, text in ((True, "user hi. "), (False, "user hi. no")):
         answer = lm.chat(HELLO[1:], template_options={"thinking": thinking}, **options)

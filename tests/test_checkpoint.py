@@ -1,4 +1,5 @@
-"""Opening a checkpoint folder or a cached hub repository, reading its tensors, refusing what is malformed."""
+"""Opening a checkpoint folder or a cached hub repository, reading its tensors, refusing what is
+malformed."""
 
 import hashlib
 import json
@@ -15,17 +16,23 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from fp8jax.checkpoint import Checkpoint, CheckpointError
+from fp8jax.checkpoints.folder import Checkpoint, CheckpointError
 
 INDEX = "model.safetensors.index.json"
 SHARDS = {
     "model-00001-of-00002.safetensors": {"a": np.arange(6, dtype=np.float32).reshape(2, 3)},
-    "model-00002-of-00002.safetensors": {"b": np.ones(4, np.int8), "c": np.zeros((2, 2), np.float16)},
+    "model-00002-of-00002.safetensors": {
+        "b": np.ones(4, np.int8),
+        "c": np.zeros((2, 2), np.float16),
+    },
 }
 
 
 def write_folder(
-    folder: Path, tensors: Mapping[str, np.ndarray], config: object = None, file: str = "model.safetensors"
+    folder: Path,
+    tensors: Mapping[str, np.ndarray],
+    config: object = None,
+    file: str = "model.safetensors",
 ) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps({} if config is None else config))
@@ -38,7 +45,9 @@ def write_shards(folder: Path, weight_map: Mapping[str, Any] | None = None) -> P
     for file, tensors in SHARDS.items():
         write_folder(folder, tensors, file=file)
     right = {name: file for file, tensors in SHARDS.items() for name in tensors}
-    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": right if weight_map is None else weight_map}))
+    (folder / INDEX).write_text(
+        json.dumps({"metadata": {}, "weight_map": right if weight_map is None else weight_map})
+    )
     return folder
 
 
@@ -48,7 +57,8 @@ def fault_of(folder: str | os.PathLike[str], **options: Any) -> str:
     return str(caught.value)
 
 
-# --- reading -----------------------------------------------------------------------------------------------------
+# --- reading
+# -----------------------------------------------------------------------------------------------------
 
 DTYPES = [
     np.bool_, np.int8, np.int16, np.int32, np.int64, np.uint8, np.uint16, np.uint32, np.uint64, np.float16, np.float32,
@@ -75,7 +85,9 @@ def test_data_at_an_odd_offset_is_read_correctly(tmp_path: Path):
     header = json.dumps({"x": {"dtype": "F32", "shape": [3, 4], "data_offsets": [0, 48]}}).encode()
     header += b" " * (1 - len(header) % 2)  # an odd length puts every float across a word boundary
     write_folder(tmp_path, {})
-    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + values.tobytes())
+    (tmp_path / "model.safetensors").write_bytes(
+        len(header).to_bytes(8, "little") + header + values.tobytes()
+    )
     array = Checkpoint.open(tmp_path).read("x")
     assert array.ctypes.data % 64 == 0  # what XLA can use in place
     np.testing.assert_array_equal(array, values.reshape(3, 4))
@@ -90,7 +102,9 @@ def test_what_was_read_belongs_to_the_reader(tmp_path: Path):
     np.testing.assert_array_equal(second, np.arange(8))
 
 
-@pytest.mark.parametrize("rows", [slice(1, 3), slice(None), slice(2, None), slice(-1, None), slice(3, 99), slice(4, 2)])
+@pytest.mark.parametrize(
+    "rows", [slice(1, 3), slice(None), slice(2, None), slice(-1, None), slice(3, 99), slice(4, 2)]
+)
 def test_rows_are_read_as_numpy_slices_them(rows: slice, tmp_path: Path):
     stack = np.arange(60, dtype=np.float16).reshape(5, 3, 4)
     with Checkpoint.open(write_folder(tmp_path, {"before": np.ones(7), "x": stack})) as checkpoint:
@@ -98,7 +112,9 @@ def test_rows_are_read_as_numpy_slices_them(rows: slice, tmp_path: Path):
 
 
 def test_rows_cost_their_own_size_in_memory(tmp_path: Path):
-    with Checkpoint.open(write_folder(tmp_path, {"x": np.zeros((64, 1 << 16), np.float32)})) as checkpoint:
+    with Checkpoint.open(
+        write_folder(tmp_path, {"x": np.zeros((64, 1 << 16), np.float32)})
+    ) as checkpoint:
         tracemalloc.start()
         checkpoint.read("x", slice(5, 6))
         peak = tracemalloc.get_traced_memory()[1]
@@ -107,12 +123,21 @@ def test_rows_cost_their_own_size_in_memory(tmp_path: Path):
 
 
 def test_rows_that_are_no_plain_slice_and_arrays_that_do_not_fit_are_refused(tmp_path: Path):
-    checkpoint = Checkpoint.open(write_folder(tmp_path, {"x": np.zeros((4, 2)), "scalar": np.zeros(())}))
+    checkpoint = Checkpoint.open(
+        write_folder(tmp_path, {"x": np.zeros((4, 2)), "scalar": np.zeros(())})
+    )
     for name, rows in [("x", slice(0, 4, 2)), ("scalar", slice(0, 1))]:
         with pytest.raises(ValueError, match="give a slice without steps"):
             checkpoint.read(name, rows)
-    for out, first in [(np.zeros(9), 0), (np.zeros(2), 7), (np.zeros(2), -1), (np.zeros(2, np.float32), 0)]:
-        with pytest.raises(ValueError, match="give a contiguous array of its dtype that ends where the tensor does"):
+    for out, first in [
+        (np.zeros(9), 0),
+        (np.zeros(2), 7),
+        (np.zeros(2), -1),
+        (np.zeros(2, np.float32), 0),
+    ]:
+        with pytest.raises(
+            ValueError, match="give a contiguous array of its dtype that ends where the tensor does"
+        ):
             checkpoint.read_into("x", out, first=first)
     with pytest.raises(ValueError, match="contiguous"):
         checkpoint.read_into("x", np.zeros((4, 4))[:, ::2])
@@ -131,14 +156,16 @@ def test_an_unknown_name_lists_the_closest_ones(tmp_path: Path):
         write_folder(tmp_path, {"model.norm.weight": np.zeros(1), "lm_head.weight": np.zeros(1)})
     )
     with pytest.raises(
-        CheckpointError, match=r"has no tensor model\.norms\.weight; the closest are model\.norm\.weight"
+        CheckpointError,
+        match=r"has no tensor model\.norms\.weight; the closest are model\.norm\.weight",
     ):
         checkpoint.read("model.norms.weight")
     with pytest.raises(CheckpointError, match="has no tensor zzz; none of its 2 names"):
         checkpoint.read("zzz")
 
 
-# --- folders -----------------------------------------------------------------------------------------------------
+# --- folders
+# -----------------------------------------------------------------------------------------------------
 
 
 def test_a_sharded_folder_is_opened_through_its_index(tmp_path: Path):
@@ -146,8 +173,12 @@ def test_a_sharded_folder_is_opened_through_its_index(tmp_path: Path):
         assert {name: info.file.name for name, info in checkpoint.tensors.items()} == {
             name: file for file, tensors in SHARDS.items() for name in tensors
         }
-        np.testing.assert_array_equal(checkpoint.read("a"), SHARDS["model-00001-of-00002.safetensors"]["a"])
-        np.testing.assert_array_equal(checkpoint.read("b"), SHARDS["model-00002-of-00002.safetensors"]["b"])
+        np.testing.assert_array_equal(
+            checkpoint.read("a"), SHARDS["model-00001-of-00002.safetensors"]["a"]
+        )
+        np.testing.assert_array_equal(
+            checkpoint.read("b"), SHARDS["model-00002-of-00002.safetensors"]["b"]
+        )
 
 
 def test_a_single_file_wins_over_an_index_as_in_transformers(tmp_path: Path):
@@ -167,7 +198,10 @@ def test_configuration_files_are_returned_as_they_are(tmp_path: Path):
     assert Checkpoint.open(tmp_path).generation_config == {}
     (tmp_path / "generation_config.json").write_text('{"temperature": 0.6}')
     checkpoint = Checkpoint.open(tmp_path)
-    assert checkpoint.config == {"model_type": "llama", "limit": float("inf")}  # json.dump writes such constants
+    assert checkpoint.config == {
+        "model_type": "llama",
+        "limit": float("inf"),
+    }  # json.dump writes such constants
     assert checkpoint.generation_config == {"temperature": 0.6}
 
 
@@ -196,7 +230,10 @@ BAD_INDEXES = {
         {"a": FIRST, "b": SECOND, "c": SECOND, "d": FIRST},
         f"tensor d: the index has it in {FIRST}, which lacks it",
     ),
-    "tensor not in the index": ({"a": FIRST, "b": SECOND}, f"tensor c: in {SECOND}, but the index has it nowhere"),
+    "tensor not in the index": (
+        {"a": FIRST, "b": SECOND},
+        f"tensor c: in {SECOND}, but the index has it nowhere",
+    ),
     "tensor in the wrong shard": (
         {"a": FIRST, "b": FIRST, "c": SECOND},
         f"tensor b: in {SECOND}, but the index has it in {FIRST}",
@@ -211,8 +248,14 @@ BAD_INDEXES = {
     "backslashes": ({"a": "..\\model.safetensors"}, "is not the plain name"),
     "NUL": ({"a": "x\0.safetensors"}, "'x\\x00.safetensors' is not the plain name"),
     "very long name": ({"a": "x" * 5000 + ".safetensors"}, "(5012 characters): missing"),
-    "pickled shard": ({"a": "pytorch_model.bin"}, "pytorch_model.bin is not the plain name of a .safetensors"),
-    "number for a file": ({"a": 1}, "weight_map must be an object that maps tensor names to file names"),
+    "pickled shard": (
+        {"a": "pytorch_model.bin"},
+        "pytorch_model.bin is not the plain name of a .safetensors",
+    ),
+    "number for a file": (
+        {"a": 1},
+        "weight_map must be an object that maps tensor names to file names",
+    ),
     "a list": ([], "weight_map must be an object"),
     "empty": ({}, "weight_map must be an object"),
 }
@@ -232,7 +275,9 @@ def test_a_tensor_in_two_shards_is_refused(tmp_path: Path):
 
 
 def test_a_tensor_twice_in_the_index_is_refused(tmp_path: Path):
-    text = f'{{"weight_map": {{"a": "{FIRST}", "a": "{SECOND}", "b": "{SECOND}", "c": "{SECOND}"}}}}'
+    text = (
+        f'{{"weight_map": {{"a": "{FIRST}", "a": "{SECOND}", "b": "{SECOND}", "c": "{SECOND}"}}}}'
+    )
     write_shards(tmp_path).joinpath(INDEX).write_text(text)
     assert f"{INDEX}: the key a occurs twice" in fault_of(tmp_path)
 
@@ -245,9 +290,16 @@ def test_faults_of_all_files_come_in_one_error(tmp_path: Path):
     (tmp_path / SECOND).write_bytes(b"")
     message = fault_of(tmp_path)
     assert "4 faults" in message
-    for part in ("config.json: not valid", "generation_config.json: must hold", f"{FIRST}: claims", f"{SECOND}: has 0"):
+    for part in (
+        "config.json: not valid",
+        "generation_config.json: must hold",
+        f"{FIRST}: claims",
+        f"{SECOND}: has 0",
+    ):
         assert part in message
-    assert "lacks it" not in message  # the tensors of an unreadable shard are not reported one by one
+    assert (
+        "lacks it" not in message
+    )  # the tensors of an unreadable shard are not reported one by one
 
 
 @pytest.mark.parametrize("kind", ["folder", "dangling link"])
@@ -280,13 +332,15 @@ def test_a_name_that_is_no_folder_says_so(tmp_path: Path):
     assert "has no revision 'main'" in fault_of(tmp_path, revision="main")
 
 
-# --- the hub -----------------------------------------------------------------------------------------------------
+# --- the hub
+# -----------------------------------------------------------------------------------------------------
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def write_hub_cache(home: Path) -> None:
-    """Lays out a repository in the cache as the hub's client does: links by file name to blobs by content hash."""
+    """Lays out a repository in the cache as the hub's client does: links by file name to blobs by
+    content hash."""
     source = write_shards(home / "source")
     repository = home / "hub" / "models--org--tiny"
     for folder in ("blobs", "refs", f"snapshots/{COMMIT}"):
@@ -299,26 +353,41 @@ def write_hub_cache(home: Path) -> None:
 
 
 def open_offline(home: Path, *cases: tuple[str, str | None]) -> list[str]:
-    """Opens repositories in a fresh process, because the hub's client reads its environment once, at import."""
+    """Opens repositories in a fresh process, because the hub's client reads its environment once,
+    at import."""
     program = (
-        "import json, sys\nfrom fp8jax.checkpoint import Checkpoint, CheckpointError\n"
+        "import json, sys\nfrom fp8jax.checkpoints.folder import Checkpoint, CheckpointError\n"
         "for repo, revision in json.loads(sys.argv[1]):\n"
         "    try:\n        c = Checkpoint.open(repo, revision=revision)\n"
         "    except CheckpointError as error:\n        print('refused:', error)\n"
         "    else:\n        print(c.folder.name, c.read('a').tolist(), c.read('b').tolist())\n"
     )
     root = Path(__file__).parents[1]
-    environment = {**os.environ, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(root)}
+    environment = {
+        **os.environ,
+        "HF_HOME": str(home),
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": str(root),
+    }
     environment.pop("HF_HUB_CACHE", None)
     command = [sys.executable, "-W", "ignore", "-c", program, json.dumps(cases)]
-    result = subprocess.run(command, env=environment, cwd=home, capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        command, env=environment, cwd=home, capture_output=True, text=True, check=True
+    )
     return result.stdout.splitlines()
 
 
-def test_a_cached_hub_repository_is_opened_offline_and_what_is_not_cached_is_refused(tmp_path: Path):
+def test_a_cached_hub_repository_is_opened_offline_and_what_is_not_cached_is_refused(
+    tmp_path: Path,
+):
     write_hub_cache(tmp_path)
     by_branch, by_commit, *refused, not_an_id = open_offline(
-        tmp_path, ("org/tiny", None), ("org/tiny", COMMIT), ("org/other", None), ("org/tiny", "v2"), ("no id", None)
+        tmp_path,
+        ("org/tiny", None),
+        ("org/tiny", COMMIT),
+        ("org/other", None),
+        ("org/tiny", "v2"),
+        ("no id", None),
     )
     assert by_branch == by_commit == f"{COMMIT} [[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]] [1, 1, 1, 1]"
     for repo, message in zip(["org/other", "org/tiny"], refused, strict=True):
@@ -343,13 +412,17 @@ def test_a_cached_repository_with_a_missing_blob_names_the_file(tmp_path: Path):
         ("RevisionNotFoundError", "'v9'"),
     ],
 )
-def test_hub_errors_are_turned_into_advice(error_name: str, advice: str, monkeypatch: pytest.MonkeyPatch):
+def test_hub_errors_are_turned_into_advice(
+    error_name: str, advice: str, monkeypatch: pytest.MonkeyPatch
+):
     import huggingface_hub
     from huggingface_hub import errors
 
     def refuse(repo_id: str, **options: Any) -> str:
         error_type = getattr(errors, error_name)
-        raise error_type.__new__(error_type, f"404 for {repo_id}")  # __init__ wants a whole HTTP response
+        raise error_type.__new__(
+            error_type, f"404 for {repo_id}"
+        )  # __init__ wants a whole HTTP response
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
     message = fault_of("org/tiny", revision="v9")
@@ -357,16 +430,34 @@ def test_hub_errors_are_turned_into_advice(error_name: str, advice: str, monkeyp
     assert error_name in message
 
 
-def test_a_download_fetches_configuration_tokenizer_and_weights_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_a_download_fetches_configuration_tokenizer_and_weights_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
     import huggingface_hub
     from huggingface_hub.utils import filter_repo_objects
 
-    repository = ["config.json", INDEX, FIRST, "tokenizer.json", "tokenizer.model", "merges.txt", "chat_template.jinja"]
-    unwanted = ["consolidated.safetensors", "pytorch_model.bin", "original/params.json", "onnx/model.onnx", "README.md"]
+    repository = [
+        "config.json",
+        INDEX,
+        FIRST,
+        "tokenizer.json",
+        "tokenizer.model",
+        "merges.txt",
+        "chat_template.jinja",
+    ]
+    unwanted = [
+        "consolidated.safetensors",
+        "pytorch_model.bin",
+        "original/params.json",
+        "onnx/model.onnx",
+        "README.md",
+    ]
     fetched: list[str] = []
 
     def download(repo_id: str, *, revision: str | None, **patterns: Any) -> str:
-        fetched.extend([f"{repo_id}@{revision}", *filter_repo_objects([*repository, *unwanted], **patterns)])
+        fetched.extend(
+            [f"{repo_id}@{revision}", *filter_repo_objects([*repository, *unwanted], **patterns)]
+        )
         return str(write_shards(tmp_path))
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)

@@ -1,4 +1,5 @@
-"""config.json, field by field: against the config classes and the modeling code of the installed transformers."""
+"""config.json, field by field: against the config classes and the modeling code of the installed
+transformers."""
 
 import dataclasses
 import importlib
@@ -25,14 +26,17 @@ TRANSFORMERS = Path(transformers.__file__).parent
 
 
 def read(family: str, told: list[str] | None = None, /, **changes: Any) -> DecoderConfig:
-    """A config.json that says nothing but these fields; sentences about it fail the test unless they are collected."""
+    """A config.json that says nothing but these fields; sentences about it fail the test unless
+    they are collected."""
     return read_decoder_config({"model_type": family} | changes, dtype="float32", told=told)
 
 
 def golden(name: str, told: list[str] | None = None, /, **changes: Any) -> DecoderConfig:
     """A golden config.json with fields changed."""
     return read_decoder_config(
-        json.loads((GOLDENS / name / "config.json").read_text()) | changes, dtype="float32", told=told
+        json.loads((GOLDENS / name / "config.json").read_text()) | changes,
+        dtype="float32",
+        told=told,
     )
 
 
@@ -40,7 +44,9 @@ def reader(family: str) -> HFConfig:
     """The config of a family after it was read."""
     config = HFConfig({"model_type": family}, FAMILIES[family].FAMILY)
     FAMILIES[family].decoder_config(config, dtype="float32")
-    config.check_token_ids("bos_token_id", "eos_token_id", "pad_token_id")  # what `read_decoder_config` does beside
+    config.check_token_ids(
+        "bos_token_id", "eos_token_id", "pad_token_id"
+    )  # what `read_decoder_config` does beside
     return config
 
 
@@ -50,9 +56,12 @@ def known_fields(family: str) -> set[str]:
 
 
 def class_fields(family: str) -> set[str]:
-    """The fields of the transformers config class, its other spellings, and what the constructor takes out of the file."""
+    """The fields of the transformers config class, its other spellings, and what the constructor
+    takes out of the file."""
     cls = CONFIG_MAPPING[family]
-    constructor = inspect.getsource(PreTrainedConfig.__post_init__) + inspect.getsource(cls.convert_rope_params_to_dict)
+    constructor = inspect.getsource(PreTrainedConfig.__post_init__) + inspect.getsource(
+        cls.convert_rope_params_to_dict
+    )
     return (
         {field.name for field in dataclasses.fields(cls)}
         | set(cls.attribute_map)
@@ -76,11 +85,20 @@ def test_every_field_of_the_transformers_class_is_read_harmless_or_judged(family
 
 @OF_ALL_FAMILIES
 def test_every_field_that_the_code_of_transformers_looks_at_is_read_harmless_or_judged(family):
-    sources = [f"models/{family}/modeling_{family}.py", "masking_utils.py", "cache_utils.py", "modeling_rope_utils.py"]
+    sources = [
+        f"models/{family}/modeling_{family}.py",
+        "masking_utils.py",
+        "cache_utils.py",
+        "modeling_rope_utils.py",
+    ]
     code = "".join((TRANSFORMERS / source).read_text() for source in sources)
     looked_at = set(re.findall(r'(?:get|has)attr\((?:self\.|layer_)?config, "(\w+)"', code))
     looked_at |= set(re.findall(r"\bconfig\.([a-z_]+)\b(?!\()", code))
-    assert {"is_causal", "sliding_window", "rms_norm_eps"} <= looked_at  # the patterns find something
+    assert {
+        "is_causal",
+        "sliding_window",
+        "rms_norm_eps",
+    } <= looked_at  # the patterns find something
     # A class attribute, the words "config.json", and what caches of recurrent layers ask for.
     assert looked_at - known_fields(family) == {"default_theta", "json", "number_of_conv_states"}
 
@@ -102,10 +120,14 @@ def test_defaults_are_those_of_the_transformers_class(family):
         "num_key_value_heads": silent.num_kv_heads,
         "max_position_embeddings": silent.max_position_embeddings,
         "num_experts": silent.moe.num_experts if silent.moe else getattr(made, "num_experts", None),
-        "num_experts_per_tok": silent.moe.top_k if silent.moe else getattr(made, "num_experts_per_tok", None),
+        "num_experts_per_tok": silent.moe.top_k
+        if silent.moe
+        else getattr(made, "num_experts_per_tok", None),
     }
     assert found == {key: getattr(made, key, found[key]) for key in found}
-    assert silent.head_dim == (getattr(made, "head_dim", None) or made.hidden_size // made.num_attention_heads)
+    assert silent.head_dim == (
+        getattr(made, "head_dim", None) or made.hidden_size // made.num_attention_heads
+    )
 
 
 # What a field is changed to, to see whether it does something.
@@ -128,7 +150,9 @@ def test_a_field_that_is_not_called_harmless_does_something(family):
                 read(family, **{key: ["2"]})
             continue
         default = (dict(config.family.defaults) | switches).get(key)
-        other = not default if isinstance(default, bool) else OTHER.get(key, default and default * 2)
+        other = (
+            not default if isinstance(default, bool) else OTHER.get(key, default and default * 2)
+        )
         try:
             done = read(family, **switches | {key: other}) != base
         except (ValueError, NotImplementedError) as error:
@@ -147,7 +171,9 @@ def test_every_harmless_field_has_its_reason_and_is_not_judged_elsewhere():
 
 @pytest.mark.parametrize("value", [None, 0, 1, "word", True, [], {"a": 1}, 10**400])
 def test_a_harmless_field_passes_whatever_it_says(value):
-    config = golden("llama2", **{key: value for key in HARMLESS if key not in ("architectures", "model_type")})
+    config = golden(
+        "llama2", **{key: value for key in HARMLESS if key not in ("architectures", "model_type")}
+    )
     assert config == golden("llama2")
 
 
@@ -167,8 +193,9 @@ def test_unknown_words_zeros_and_switches_are_errors_and_all_are_named_at_once(f
         golden(family, **UNKNOWN, num_attention_head=4, new=None)
     for key in UNKNOWN:
         assert f"{key}: {UNKNOWN[key]!r} " in str(caught.value)
-    assert "num_attention_head: 4 is not a field that fp8jax knows (known and alike: num_attention_heads" in str(
-        caught.value
+    assert (
+        "num_attention_head: 4 is not a field that fp8jax knows (known and alike: "
+        "num_attention_heads" in str(caught.value)
     )
     assert "new" not in str(caught.value).split()
 
@@ -195,13 +222,20 @@ NEUTRAL_AT = [  # golden, fields and the value at which they change nothing, one
     ("mixtral", "scoring_func", "softmax", "sigmoid"),
     ("qwen2", "use_mrope", False, True),
     ("llama2", "activation", "swiglu", "gelu"),
-    ("llama2", "layer_types", ["full_attention", "full_attention"], ["full_attention", "sliding_attention"]),
+    (
+        "llama2",
+        "layer_types",
+        ["full_attention", "full_attention"],
+        ["full_attention", "sliding_attention"],
+    ),
     ("llama2", "rotary_emb_base", 10000, 500),
 ]
 
 
 @pytest.mark.parametrize("family, key, neutral, other", NEUTRAL_AT)
-def test_a_field_that_is_neutral_at_one_value_is_refused_by_name_at_another(family, key, neutral, other):
+def test_a_field_that_is_neutral_at_one_value_is_refused_by_name_at_another(
+    family, key, neutral, other
+):
     assert golden(family, **{key: neutral}) == golden(family)
     with pytest.raises(ValueError, match=key):
         golden(family, **{key: other})
@@ -225,20 +259,30 @@ def test_fields_of_published_files_that_change_nothing_load_without_a_word(famil
 
 
 def test_transformers_own_code_decides_which_layers_slide():
-    # Its Mistral, Mixtral and Qwen3-MoE do not look at layer_types: seen with torch, equal to the bit.
+    # Its Mistral, Mixtral and Qwen3-MoE do not look at layer_types: seen with torch, equal to the
+    # bit.
     mixed = {"sliding_window": 8, "layer_types": ["full_attention", "sliding_attention"]}
-    for family, switch in [("mistral", {}), ("mixtral", {}), ("qwen3_moe", {"use_sliding_window": True})]:
+    for family, switch in [
+        ("mistral", {}),
+        ("mixtral", {}),
+        ("qwen3_moe", {"use_sliding_window": True}),
+    ]:
         told = []
         assert golden(family, told, **mixed | switch).windows == (8, 8)
         assert len(told) == 1 and "layer 0 is 'full_attention' by layer_types" in told[0]
         with pytest.raises(
-            ValueError, match="layer 1 is 'sliding_attention' by layer_types, but there is no sliding_window"
+            ValueError,
+            match="layer 1 is 'sliding_attention' by layer_types, but there is no sliding_window",
         ):
             golden(family, **mixed | switch | {"sliding_window": None})
     assert golden("qwen2", **mixed, use_sliding_window=True).windows == (None, 8)
     for family in ("mistral", "qwen2"):
         with pytest.raises(ValueError, match="sliding_window 0 is wrong"):
-            golden(family, sliding_window=0, **{"use_sliding_window": True} if family == "qwen2" else {})
+            golden(
+                family,
+                sliding_window=0,
+                **{"use_sliding_window": True} if family == "qwen2" else {},
+            )
     assert golden("qwen2", sliding_window=0) == golden("qwen2")  # switched off
 
 
@@ -246,18 +290,27 @@ def test_null_key_value_heads_are_as_many_as_query_heads_and_absent_ones_are_the
     assert golden("qwen2", num_attention_heads=32, num_key_value_heads=None).num_kv_heads == 32
     assert golden("mistral", num_key_value_heads=None).num_kv_heads == 4
     assert read("mistral").num_kv_heads == 8
-    with pytest.raises(ValueError, match=r"rms_norm_eps None is wrong: expected .* leave it out for the default"):
+    with pytest.raises(
+        ValueError, match=r"rms_norm_eps None is wrong: expected .* leave it out for the default"
+    ):
         golden("llama2", rms_norm_eps=None)
 
 
 CONTRADICTIONS = [
-    ({"architectures": ["MistralForCausalLM"]}, r"architectures says MistralForCausalLM.*model_type is 'llama'"),
+    (
+        {"architectures": ["MistralForCausalLM"]},
+        r"architectures says MistralForCausalLM.*model_type is 'llama'",
+    ),
     (
         {"model_type": "qwen3"},
-        "architectures says LlamaForCausalLM, whose model_type is 'llama', but model_type is 'qwen3'",
+        "architectures says LlamaForCausalLM, whose model_type is 'llama', but model_type is "
+        "'qwen3'",
     ),
     ({"model_type": ["llama"]}, "model_type"),
-    ({"architectures": [["LlamaForCausalLM"]]}, "architectures .* is not implemented; known.*LlamaForCausalLM"),
+    (
+        {"architectures": [["LlamaForCausalLM"]]},
+        "architectures .* is not implemented; known.*LlamaForCausalLM",
+    ),
     ({"architectures": "LlamaModel"}, "architectures 'LlamaModel' is not implemented"),
     ({"architectures": [], "model_type": "bert"}, "model_type 'bert' is not implemented"),
     ({"architectures": None, "model_type": None}, "model_type None is not implemented"),
@@ -309,12 +362,15 @@ HUGE = [
 
 @pytest.mark.parametrize("key, value", HUGE)
 def test_a_size_that_no_model_has_is_refused_before_anything_is_built(key, value):
-    with pytest.raises(ValueError, match=f"{key} {value} is wrong: expected a positive integer of at most"):
+    with pytest.raises(
+        ValueError, match=f"{key} {value} is wrong: expected a positive integer of at most"
+    ):
         golden("qwen3_moe", **{key: value})
 
 
 @pytest.mark.parametrize(
-    "changes", [{"logits_scaling": 0}, {"residual_multiplier": 1e30}, {"embedding_multiplier": -1e30}]
+    "changes",
+    [{"logits_scaling": 0}, {"residual_multiplier": 1e30}, {"embedding_multiplier": -1e30}],
 )
 def test_multipliers_with_which_nothing_is_finite_are_refused_by_name(changes):
     for family in ("granite", "granitemoe"):
@@ -323,19 +379,30 @@ def test_multipliers_with_which_nothing_is_finite_are_refused_by_name(changes):
 
 
 def test_heads_without_channels_and_odd_heads_are_refused_by_name():
-    for changes in ({"num_attention_heads": 128, "num_key_value_heads": 1}, {"head_dim": 1}, {"head_dim": 3}):
+    for changes in (
+        {"num_attention_heads": 128, "num_key_value_heads": 1},
+        {"head_dim": 1},
+        {"head_dim": 3},
+    ):
         with pytest.raises(ValueError, match="head_dim|channels a head"):
             golden("mistral", **changes if "head_dim" in changes else changes | {"head_dim": None})
     # Families but Llama round down, as transformers does: 64 / 5.
-    assert golden("mistral", num_attention_heads=5, num_key_value_heads=5, head_dim=None).head_dim == 12
-    with pytest.raises(ValueError, match="hidden_size 64 does not divide into num_attention_heads 5"):
+    assert (
+        golden("mistral", num_attention_heads=5, num_key_value_heads=5, head_dim=None).head_dim
+        == 12
+    )
+    with pytest.raises(
+        ValueError, match="hidden_size 64 does not divide into num_attention_heads 5"
+    ):
         golden("llama2", num_attention_heads=5, num_key_value_heads=5, head_dim=None)
 
 
 def test_what_is_told_comes_as_a_list_or_as_warnings():
     told: list[str] = []
     config = golden("llama2", told, partial_rotary_factor=0.5)
-    assert len(told) == 1 and told[0].startswith("config.json: partial_rotary_factor 0.5 is ignored")
+    assert len(told) == 1 and told[0].startswith(
+        "config.json: partial_rotary_factor 0.5 is ignored"
+    )
     with pytest.warns(UserWarning, match="partial_rotary_factor") as caught:
         assert golden("llama2", partial_rotary_factor=0.5) == config
     assert len(caught) == 1

@@ -12,7 +12,7 @@ from fp8jax.pallas_kernels.decode_attention import (
     decode_attention_reference,
     decode_attention_triton,
     default_config,
-    supported,
+    why_not,
 )
 
 
@@ -27,12 +27,18 @@ def config(splits, block_s=16):
 
 
 def normal(seed, shape, dtype):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape).astype(np.float32)).astype(dtype)
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape).astype(np.float32)).astype(
+        dtype
+    )
 
 
 def inputs(b, h, kv_heads, s, d, dtype="float32"):
     """q, k, v; and lengths of which one is the capacity, one is 1, and the others lie between."""
-    q, k, v = normal(0, (b, h, d), dtype), normal(1, (b, kv_heads, s, d), dtype), normal(2, (b, kv_heads, s, d), dtype)
+    q, k, v = (
+        normal(0, (b, h, d), dtype),
+        normal(1, (b, kv_heads, s, d), dtype),
+        normal(2, (b, kv_heads, s, d), dtype),
+    )
     lengths = np.random.default_rng(3).integers(1, s + 1, size=b)
     lengths[0], lengths[-1] = s, 1
     return q, k, v, jnp.asarray(lengths, jnp.int32)
@@ -62,8 +68,16 @@ def by_numpy(q, k, v, lengths, *, scale, window=None):
     ("shape", "splits", "window"),
     [
         ((3, 8, 2, 100, 64), 1, None),  # a ragged last block
-        ((3, 8, 2, 100, 64), 4, None),  # 7 blocks over 4 splits: the last split of every row has fewer
-        ((2, 5, 5, 70, 80), 8, None),  # no grouping, d no power of two, more splits than the short row has blocks
+        (
+            (3, 8, 2, 100, 64),
+            4,
+            None,
+        ),  # 7 blocks over 4 splits: the last split of every row has fewer
+        (
+            (2, 5, 5, 70, 80),
+            8,
+            None,
+        ),  # no grouping, d no power of two, more splits than the short row has blocks
         ((4, 6, 1, 90, 16), 2, 37),  # a window that begins inside a block
         ((2, 34, 2, 33, 32), 1, 5),  # 17 query heads share keys: a tile of 32
     ],
@@ -74,10 +88,14 @@ def test_it_is_softmax_attention_over_the_used_keys(shape, splits, window):
     arguments = {"scale": scale, "window": window}
     expected = by_numpy(q, k, v, lengths, **arguments)
     k, v = poisoned(k, lengths), poisoned(v, lengths)
-    out = decode_attention_triton(q, k, v, lengths, **arguments, config=config(splits), interpret=True)
+    out = decode_attention_triton(
+        q, k, v, lengths, **arguments, config=config(splits), interpret=True
+    )
     # About 100 float32 additions of numbers near 1: 100 · 2^-24 = 6e-6.
     np.testing.assert_allclose(out, expected, atol=1e-5)
-    np.testing.assert_allclose(decode_attention_reference(q, k, v, lengths, **arguments), expected, atol=1e-5)
+    np.testing.assert_allclose(
+        decode_attention_reference(q, k, v, lengths, **arguments), expected, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -85,10 +103,13 @@ def test_narrow_dtypes_lose_the_weights_rounding_and_the_outputs(dtype):
     q, k, v, lengths = inputs(2, 4, 2, 60, 64, dtype)
     out = decode_attention_triton(q, k, v, lengths, scale=0.125, config=config(2), interpret=True)
     assert out.dtype == dtype
-    # Weights rounded to the dtype before they meet v: half a unit in the last place of each, at most that of Σ w |v| <= max |v|.
-    # The output is rounded once more. So one unit in the last place, relative to max |v|.
+    # Weights rounded to the dtype before they meet v: half a unit in the last place of each, at
+    # most that of Σ w |v| <= max |v|. The output is rounded once more. So one unit in the last
+    # place, relative to max |v|.
     bound = float(jnp.finfo(dtype).eps) * float(jnp.max(jnp.abs(v.astype(jnp.float32))))
-    np.testing.assert_allclose(out.astype(jnp.float32), by_numpy(q, k, v, lengths, scale=0.125), atol=bound)
+    np.testing.assert_allclose(
+        out.astype(jnp.float32), by_numpy(q, k, v, lengths, scale=0.125), atol=bound
+    )
 
 
 def test_a_row_without_keys_is_zero():
@@ -105,7 +126,9 @@ def test_a_row_without_keys_is_zero():
 
 def test_a_row_does_not_depend_on_the_others():
     q, k, v, lengths = inputs(4, 4, 2, 80, 32, "bfloat16")
-    together = decode_attention_triton(q, k, v, lengths, scale=0.2, config=config(4), interpret=True)
+    together = decode_attention_triton(
+        q, k, v, lengths, scale=0.2, config=config(4), interpret=True
+    )
     for row in range(4):
         only = slice(row, row + 1)
         alone = decode_attention_triton(
@@ -116,7 +139,9 @@ def test_a_row_does_not_depend_on_the_others():
 
 def test_unused_capacity_changes_nothing():
     q, k, v, lengths = inputs(2, 4, 2, 48, 32)
-    more_k, more_v = (jnp.pad(x, ((0, 0), (0, 0), (0, 64), (0, 0)), constant_values=jnp.nan) for x in (k, v))
+    more_k, more_v = (
+        jnp.pad(x, ((0, 0), (0, 0), (0, 64), (0, 0)), constant_values=jnp.nan) for x in (k, v)
+    )
     arguments = {"scale": 0.2, "config": config(2), "interpret": True}
     assert np.array_equal(
         decode_attention_triton(q, k, v, lengths, **arguments),
@@ -137,15 +162,26 @@ def test_the_quantizing_form_gives_the_codes_of_the_plain_one(shape, granularity
     arguments = {"scale": 0.1, "config": config(splits), "interpret": True}
     rows = decode_attention_triton(q, k, v, lengths, **arguments).reshape(shape[0], -1)
     expected_codes, expected_scale = quantize.quantize_activation_reference(rows, granularity)
-    codes, scale = decode_attention_quantize_triton(q, k, v, lengths, granularity, scale_layout="gm", **arguments)
+    codes, scale = decode_attention_quantize_triton(
+        q, k, v, lengths, granularity, scale_layout="gm", **arguments
+    )
     # The same float32 operations in the same order.
-    assert np.array_equal(np.asarray(codes).view(np.uint8), np.asarray(expected_codes).view(np.uint8))
+    assert np.array_equal(
+        np.asarray(codes).view(np.uint8), np.asarray(expected_codes).view(np.uint8)
+    )
     assert np.array_equal(scale if granularity == "token" else scale.T, expected_scale)
 
 
 @pytest.mark.parametrize(
     ("b", "kv_heads", "s", "splits"),
-    [(1, 8, 8192, 16), (16, 8, 8192, 1), (64, 8, 8192, 1), (1, 8, 256, 2), (1, 1, 100, 1), (2, 1, 131072, 32)],
+    [
+        (1, 8, 8192, 16),
+        (16, 8, 8192, 1),
+        (64, 8, 8192, 1),
+        (1, 8, 256, 2),
+        (1, 1, 100, 1),
+        (2, 1, 131072, 32),
+    ],
 )
 def test_default_splits_fill_a_gpu_but_keep_128_keys_each(b, kv_heads, s, splits):
     chosen = default_config(b, kv_heads, s, 128, "bfloat16")
@@ -154,10 +190,10 @@ def test_default_splits_fill_a_gpu_but_keep_128_keys_each(b, kv_heads, s, splits
 
 
 def test_what_it_cannot_do_it_says():
-    assert "evenly" in (supported(7, 64, 2, "bfloat16") or "")
-    assert "at most 256" in (supported(8, 512, 2, "bfloat16") or "")
-    assert "at most 64" in (supported(128, 64, 1, "bfloat16") or "")
-    assert "float8_e4m3fn" in (supported(8, 64, 2, "float8_e4m3fn") or "")
+    assert "evenly" in (why_not(7, 64, 2, "bfloat16") or "")
+    assert "at most 256" in (why_not(8, 512, 2, "bfloat16") or "")
+    assert "at most 64" in (why_not(128, 64, 1, "bfloat16") or "")
+    assert "float8_e4m3fn" in (why_not(8, 64, 2, "float8_e4m3fn") or "")
     q, k, v, lengths = inputs(2, 4, 2, 48, 32)
     with pytest.raises(ValueError, match=r"k and v must be \[2, kv_heads, s, 32\]"):
         decode_attention_triton(q, k[..., :16], v, lengths, scale=1.0, interpret=True)
@@ -181,6 +217,8 @@ def test_on_a_gpu_it_agrees_with_the_reference_and_with_itself(shape):
         expected = decode_attention_reference(q, k, v, lengths, scale=0.1, window=window)
         # As in interpret mode: weights and outputs are rounded to bfloat16.
         bound = 2**-7 * float(jnp.nanmax(jnp.abs(v.astype(jnp.float32))))
-        np.testing.assert_allclose(out.astype(jnp.float32), expected.astype(jnp.float32), atol=bound)
+        np.testing.assert_allclose(
+            out.astype(jnp.float32), expected.astype(jnp.float32), atol=bound
+        )
         again = decode_attention_triton(q, k, v, lengths, scale=0.1, window=window)
         assert np.array_equal(np.asarray(out), np.asarray(again))

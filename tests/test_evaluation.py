@@ -1,4 +1,5 @@
-"""The metrics against NumPy in float64, on models small enough to write down: a bigram table is a causal model."""
+"""The metrics against NumPy in float64, on models small enough to write down: a bigram table is a
+causal model."""
 
 import itertools
 import math
@@ -18,7 +19,8 @@ lax_map = jax.lax.map
 
 
 def bigram_model(table: np.ndarray) -> Any:
-    """The part of a LanguageModel that evaluation uses: `.model`, a pytree with hidden states and their logits."""
+    """The part of a LanguageModel that evaluation uses: `.model`, a pytree with hidden states and
+    their logits."""
     return SimpleNamespace(model=Bigram(jnp.asarray(table, jnp.float32)))
 
 
@@ -54,10 +56,14 @@ def oracle(reference: np.ndarray, table: np.ndarray, windows: np.ndarray) -> dic
 def test_comparison_equals_float64_numpy_whatever_the_batching(n, window, batch_size):
     reference, table = random_table(0), random_table(1)
     windows = np.random.default_rng(n).integers(0, V, (n, window)).astype(np.int32)
-    got = evaluation.compare(bigram_model(reference), bigram_model(table), windows, batch_size=batch_size)
+    got = evaluation.compare(
+        bigram_model(reference), bigram_model(table), windows, batch_size=batch_size
+    )
     wanted = oracle(reference, table, windows)
     assert got.tokens == wanted["tokens"] == n * (window - 1)
-    assert got.top1_agreement == pytest.approx(wanted["top1_agreement"], abs=1e-12)  # a ratio of two counts
+    assert got.top1_agreement == pytest.approx(
+        wanted["top1_agreement"], abs=1e-12
+    )  # a ratio of two counts
     for name in ("perplexity", "reference_perplexity", "kl"):
         # float32 log-softmax of logits up to 8: each term good to a few 1e-7 of 8
         assert getattr(got, name) == pytest.approx(wanted[name], rel=5e-6), name
@@ -71,13 +77,19 @@ def test_chunks_of_positions_change_nothing(monkeypatch):
     chunks = []
     monkeypatch.setattr(compiled_model, "_LOGITS_BYTES", 4 * 2 * V * 5)
     monkeypatch.setattr(
-        jax.lax, "map", lambda f, xs, batch_size: chunks.append(batch_size) or lax_map(f, xs, batch_size=batch_size)
+        jax.lax,
+        "map",
+        lambda f, xs, batch_size: (
+            chunks.append(batch_size) or lax_map(f, xs, batch_size=batch_size)
+        ),
     )
     jax.clear_caches()
     parts = evaluation.compare(reference, table, windows, batch_size=3)
     assert chunks == [4]
     for name in ("perplexity", "reference_perplexity", "kl", "top1_agreement", "tokens"):
-        assert getattr(parts, name) == pytest.approx(getattr(whole, name), rel=1e-6), name  # float32 sums
+        assert getattr(parts, name) == pytest.approx(getattr(whole, name), rel=1e-6), (
+            name
+        )  # float32 sums
 
 
 def test_a_model_compared_with_itself_differs_by_nothing():
@@ -106,15 +118,21 @@ def test_scores_are_log_probabilities_of_the_tokens_that_follow():
     got = np.concatenate(list(evaluation.score_windows(bigram_model(table), windows, batch_size=2)))
     wanted = log_softmax64(table)[windows[:, :-1], windows[:, 1:]]
     assert got.shape == (3, 3)
-    np.testing.assert_allclose(got, wanted, rtol=0, atol=2e-6)  # float32 log-softmax of logits up to 8
+    np.testing.assert_allclose(
+        got, wanted, rtol=0, atol=2e-6
+    )  # float32 log-softmax of logits up to 8
 
 
 def test_windows_are_consecutive_and_the_ragged_tail_is_left_out():
     np.testing.assert_array_equal(evaluation.token_windows(range(8), 3), [[0, 1, 2], [3, 4, 5]])
-    np.testing.assert_array_equal(evaluation.token_windows(range(5), 3, prefix=[9]), [[9, 0, 1], [9, 2, 3]])
+    np.testing.assert_array_equal(
+        evaluation.token_windows(range(5), 3, prefix=[9]), [[9, 0, 1], [9, 2, 3]]
+    )
 
 
-@pytest.mark.parametrize("count, window, prefix", [(2, 3, ()), (9, 1, ()), (9, 2, (1, 2)), (0, 2, ())])
+@pytest.mark.parametrize(
+    "count, window, prefix", [(2, 3, ()), (9, 1, ()), (9, 2, (1, 2)), (0, 2, ())]
+)
 def test_windows_that_cannot_be_scored_are_refused(count, window, prefix):
     with pytest.raises(ValueError, match="window"):
         evaluation.token_windows(range(count), window, prefix=prefix)
@@ -136,7 +154,9 @@ def test_two_vocabularies_cannot_be_compared():
         evaluation.compare(bigram_model(np.zeros((V, V))), wide, np.zeros((1, 2), np.int32))
 
 
-@pytest.mark.parametrize("windows", [np.zeros((0, 4), np.int32), np.zeros((2, 1), np.int32), np.zeros(5, np.int32)])
+@pytest.mark.parametrize(
+    "windows", [np.zeros((0, 4), np.int32), np.zeros((2, 1), np.int32), np.zeros(5, np.int32)]
+)
 def test_misshapen_windows_are_refused(windows):
     lm = bigram_model(random_table(5))
     with pytest.raises(ValueError, match="shape"):

@@ -1,4 +1,5 @@
-"""The routing kernel in interpret mode against `route`, `sort_by_expert` and `work_list`, which tests/test_moe.py proves.
+"""The routing kernel in interpret mode against `route`, `sort_by_expert` and `work_list`, which
+tests/test_moe.py proves.
 
 Integers must be equal; so must weights, but for what exp and a division leave open in float32.
 """
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 from strict_memory import strict_memory
 
-from fp8jax.moe import MoEConfig, route, sort_by_expert
+from fp8jax.models.moe import MoEConfig, route, sort_by_expert
 from fp8jax.pallas_kernels import expert_routing
 from fp8jax.pallas_kernels.expert_routing import Rule, route_experts_triton
 from fp8jax.pallas_kernels.grouped_matmul_kernel import GroupedProblem, work_list
@@ -50,18 +51,26 @@ def check(logits: jax.Array, top_k: int, block_m: int, family=FAMILIES[1], valid
     valid = None if valid is None else jnp.asarray(valid)
     expected = sort_by_expert(*route(logits, config), e, valid)
     rule = Rule(top_k, softmax_over, renormalise, name)
-    row, out_row, weight, sizes, work = route_experts_triton(logits, rule, block_m, valid=valid, interpret=True)
+    row, out_row, weight, sizes, work = route_experts_triton(
+        logits, rule, block_m, valid=valid, interpret=True
+    )
     np.testing.assert_array_equal(row, expected.row)
     np.testing.assert_array_equal(out_row, expected.out_row)
     np.testing.assert_array_equal(sizes, expected.sizes)
     # exp, a sum and two divisions; where weights are rounded, one step of the narrower dtype.
     tolerance = max(2.0**-20, float(jnp.finfo(name).eps)) if name != "float32" else 2.0**-20
     np.testing.assert_allclose(weight, expected.weight, rtol=tolerance)
-    np.testing.assert_array_equal(weight, np.asarray(weight.astype(name), np.float32))  # rounded to that dtype
-    problem = GroupedProblem(t * top_k, e, 64, 64, 1, Config(block_m=block_m, block_n=64, block_k=128))
+    np.testing.assert_array_equal(
+        weight, np.asarray(weight.astype(name), np.float32)
+    )  # rounded to that dtype
+    problem = GroupedProblem(
+        t * top_k, e, 64, 64, 1, Config(block_m=block_m, block_n=64, block_k=128)
+    )
     wanted, works = np.asarray(work_list(problem, expected.sizes)), np.asarray(work)[3] == 1
     np.testing.assert_array_equal(np.asarray(work)[1:], wanted[1:])
-    np.testing.assert_array_equal(np.asarray(work)[0][works], wanted[0][works])  # without an expert, any number will do
+    np.testing.assert_array_equal(
+        np.asarray(work)[0][works], wanted[0][works]
+    )  # without an expert, any number will do
 
 
 def normal(seed: int, *shape: int, dtype="float32") -> jax.Array:
@@ -107,7 +116,8 @@ def test_of_equal_logits_the_lower_expert_is_taken(logits, family):
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: "-".join(family))
 def test_whatever_the_logits_are_every_slot_is_written_once(family):
-    """NaN and infinities give nonsense for their own token, and places inside the arrays for all."""
+    """NaN and infinities give nonsense for their own token, and places inside the arrays for
+    all."""
     logits = np.array(normal(3, 6, 7))
     logits[0], logits[1, 2], logits[2, 3], logits[3, 4] = np.nan, np.nan, np.inf, -np.inf
     softmax_over, renormalise, _ = family
@@ -122,7 +132,9 @@ def test_whatever_the_logits_are_every_slot_is_written_once(family):
     clean = np.isin(row, [4, 5])
     logits[:4] = 0
     row_again, _, weight_again, _, _ = run(jnp.asarray(logits))
-    assert sorted(np.asarray(weight)[clean]) == sorted(np.asarray(weight_again)[np.isin(row_again, [4, 5])])
+    assert sorted(np.asarray(weight)[clean]) == sorted(
+        np.asarray(weight_again)[np.isin(row_again, [4, 5])]
+    )
 
 
 def test_what_does_not_fit_is_refused_with_its_reason():
@@ -132,10 +144,12 @@ def test_what_does_not_fit_is_refused_with_its_reason():
         ((1, 64, 13, "bfloat16"), "top_k = 13"),
         ((1, 64, 2, "int32"), "logits are int32"),
     ):
-        assert reason in (expert_routing.supported(t, e, top_k, dtype) or "")
-    assert expert_routing.supported(64, 128, 8, "bfloat16") is None
+        assert reason in (expert_routing.why_not(t, e, top_k, dtype) or "")
+    assert expert_routing.why_not(64, 128, 8, "bfloat16") is None
     with pytest.raises(NotImplementedError, match="65 tokens"):
-        route_experts_triton(jnp.zeros((65, 128)), Rule(8, "all", "no", "float32"), 16, interpret=True)
+        route_experts_triton(
+            jnp.zeros((65, 128)), Rule(8, "all", "no", "float32"), 16, interpret=True
+        )
 
 
 @pytest.mark.gpu
@@ -144,9 +158,13 @@ def test_what_does_not_fit_is_refused_with_its_reason():
 def test_routing_on_a_gpu(t, e, top_k, family):
     logits = normal(t, t, e, dtype="bfloat16")
     softmax_over, renormalise, _ = family
-    run = functools.partial(route_experts_triton, rule=Rule(top_k, softmax_over, renormalise, "bfloat16"), block_m=16)
+    run = functools.partial(
+        route_experts_triton, rule=Rule(top_k, softmax_over, renormalise, "bfloat16"), block_m=16
+    )
     found, expected = run(logits), jax.jit(functools.partial(run, interpret=True))(logits)
-    for name, one, other in zip(("row", "out_row", "weight", "sizes", "work"), found, expected, strict=True):
+    for name, one, other in zip(
+        ("row", "out_row", "weight", "sizes", "work"), found, expected, strict=True
+    ):
         if name == "weight":  # exp2 and division are approximate: one step of bfloat16
             np.testing.assert_allclose(one, other, rtol=2**-7)
         else:

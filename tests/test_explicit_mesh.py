@@ -1,4 +1,5 @@
-"""Weights on a mesh as `jax.make_mesh` makes it, with Explicit axes: one device is enough to meet every type error."""
+"""Weights on a mesh as `jax.make_mesh` makes it, with Explicit axes: one device is enough to meet
+every type error."""
 
 from typing import Any
 
@@ -34,11 +35,21 @@ def test_generation_and_scoring_under_explicit_axes():
 def test_the_pure_functions_under_explicit_axes():
     plain = random_model().model
     lm, _ = on_explicit_mesh(random_model())
-    args: Any = (np.asarray(IDS, np.int32), np.asarray([4, 3], np.int32), fp8jax.Sampling.of(2), np.asarray([-1]), 3)
+    args: Any = (
+        np.asarray(IDS, np.int32),
+        np.asarray([4, 3], np.int32),
+        fp8jax.Sampling.of(2),
+        np.asarray([-1]),
+        3,
+    )
     loop = jax.jit(fp8jax.generate, static_argnames=("capacity", "cache_length"))
-    found, expected = (loop(model, *args, capacity=4, cache_length=8) for model in (lm.model, plain))
+    found, expected = (
+        loop(model, *args, capacity=4, cache_length=8) for model in (lm.model, plain)
+    )
     np.testing.assert_array_equal(found.token_ids, expected.token_ids)
     logits, cache = jax.jit(fp8jax.prefill)(lm.model, lm.model.empty_cache(2, 8), *args[:2])
     next_logits, _ = jax.jit(fp8jax.decode_step)(lm.model, cache, np.argmax(logits, -1), args[1])
     np.testing.assert_array_equal(np.argmax(next_logits, -1), expected.token_ids[:, 1])
-    np.testing.assert_allclose(lm.model(args[0])[0, -1], logits[0], rtol=1e-4, atol=1e-6)  # op by op, float32
+    np.testing.assert_allclose(
+        lm.model(args[0])[0, -1], logits[0], rtol=1e-4, atol=1e-6
+    )  # op by op, float32

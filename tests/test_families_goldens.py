@@ -1,10 +1,18 @@
-"""Qwen2, Qwen3, Mistral and Granite against torch transformers, and how their config.json is read."""
+"""Qwen2, Qwen3, Mistral and Granite against torch transformers, and how their config.json is
+read."""
 
 import json
 
 import numpy as np
 import pytest
-from golden_checkpoints import GOLDENS, SCHEMES, golden, load, relative_error, share_of_quantization_error
+from golden_checkpoints import (
+    GOLDENS,
+    SCHEMES,
+    golden,
+    load,
+    relative_error,
+    share_of_quantization_error,
+)
 
 from fp8jax.models import read_decoder_config
 
@@ -14,14 +22,18 @@ FAMILIES = ("qwen2", "qwen3", "mistral", "granite")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_float32_logits_equal_torch(family):
     logits = load(family).logits(golden(family)["token_ids"])
-    assert relative_error(logits, golden(family)["logits"]) < 1e-5  # float32 sums in another order; issue's bound
+    assert (
+        relative_error(logits, golden(family)["logits"]) < 1e-5
+    )  # float32 sums in another order; issue's bound
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_tokens_equal_torch(family):
     prompts = golden(family)["token_ids"][:, :8].tolist()
     expected = golden(family)["greedy"]
-    generations = load(family).generate(prompts, max_new_tokens=expected.shape[1], temperature=0, eos_token_ids=[])
+    generations = load(family).generate(
+        prompts, max_new_tokens=expected.shape[1], temperature=0, eos_token_ids=[]
+    )
     np.testing.assert_array_equal([g.token_ids for g in generations], expected)
 
 
@@ -30,8 +42,11 @@ def test_greedy_tokens_equal_torch(family):
 def test_fp8_logits_follow_the_fake_quantized_oracle(family, scheme):
     arrays = golden(family)
     logits = load(family, scheme).logits(arrays["token_ids"])
-    # 0.6: codes flip at rounding borders and a flip cascades; float32 noise alone was seen to use half of it
-    assert share_of_quantization_error(logits, arrays[f"logits.{scheme}.all"], arrays["logits"]) <= 0.6
+    # 0.6: codes flip at rounding borders and a flip cascades; float32 noise alone was seen to use
+    # half of it
+    assert (
+        share_of_quantization_error(logits, arrays[f"logits.{scheme}.all"], arrays["logits"]) <= 0.6
+    )
 
 
 def raw_config(family: str, **changes) -> dict:
@@ -51,10 +66,18 @@ WINDOWS = [
     ("mistral", {"sliding_window": ...}, (4096, 4096)),  # absent is not null in this family
     ("mistral", {"layer_types": ["sliding_attention", "sliding_attention"]}, (8, 8)),
     ("mistral", {"sliding_window": None, "layer_types": ["attention", "full_attention"]}, ()),
-    ("qwen2", {"sliding_window": 8, "max_window_layers": 0, "layer_types": ...}, ()),  # switched off
+    (
+        "qwen2",
+        {"sliding_window": 8, "max_window_layers": 0, "layer_types": ...},
+        (),
+    ),  # switched off
     ("qwen2", SLIDING | {"max_window_layers": 1, "layer_types": ...}, (None, 8)),
     ("qwen3", SLIDING | {"max_window_layers": 0, "layer_types": ...}, (8, 8)),
-    ("qwen3", SLIDING | {"max_window_layers": 0, "layer_types": ["sliding_attention", "full_attention"]}, (8, None)),
+    (
+        "qwen3",
+        SLIDING | {"max_window_layers": 0, "layer_types": ["sliding_attention", "full_attention"]},
+        (8, None),
+    ),
     ("qwen3_moe", {"sliding_window": 8, "max_window_layers": 48}, ()),  # as published files have it
     ("qwen3_moe", SLIDING | {"max_window_layers": 48}, (8, 8)),
     ("mixtral", {"sliding_window": ...}, ()),
@@ -70,7 +93,8 @@ def test_attention_windows_come_from_the_fields_of_the_family(family, changes, w
 
 def test_a_sliding_layer_without_a_window_is_an_error():
     with pytest.raises(
-        ValueError, match="layer 1 is 'sliding_attention' by layer_types, but there is no sliding_window"
+        ValueError,
+        match="layer 1 is 'sliding_attention' by layer_types, but there is no sliding_window",
     ):
         read("qwen2", sliding_window=8, layer_types=["full_attention", "sliding_attention"])
 

@@ -1,4 +1,5 @@
-"""Files that change while a checkpoint is read, files that are none, and files that cannot be opened: an error, in time."""
+"""Files that change while a checkpoint is read, files that are none, and files that cannot be
+opened: an error, in time."""
 
 import errno
 import json
@@ -16,15 +17,16 @@ import pytest
 import safetensors.numpy
 from test_checkpoint import INDEX, SHARDS, fault_of, write_folder, write_shards
 
-from fp8jax import checkpoint as checkpoint_module
-from fp8jax import file_reading
-from fp8jax.checkpoint import Checkpoint, CheckpointError
-from fp8jax.checkpoint_error import MAX_FAULTS_KEPT
+from fp8jax.checkpoints import file_reading
+from fp8jax.checkpoints import folder as checkpoint_module
+from fp8jax.checkpoints.errors import MAX_FAULTS_KEPT
+from fp8jax.checkpoints.folder import Checkpoint, CheckpointError
 from fp8jax.tokenizer import load_tokenizer
 
 WEIGHTS = "model.safetensors"
 
-# --- changed meanwhile ---------------------------------------------------------------------------------------------------
+# --- changed meanwhile
+# ---------------------------------------------------------------------------------------------------
 
 
 def in_place(path: Path) -> None:
@@ -63,16 +65,22 @@ def test_a_file_that_changed_is_not_read_from(change: str, when: str, tmp_path: 
             checkpoint.read("x", slice(0, 10))
         change_file(folder / WEIGHTS)
         if change == "replaced" and when == "between reads":
-            checkpoint.read("x")  # the open file is still the old one, whole; `verify_unchanged` tells
+            checkpoint.read(
+                "x"
+            )  # the open file is still the old one, whole; `verify_unchanged` tells
         else:
-            with pytest.raises(CheckpointError, match=f"{WEIGHTS}: was changed while .* {how}.* load it again"):
+            with pytest.raises(
+                CheckpointError, match=f"{WEIGHTS}: was changed while .* {how}.* load it again"
+            ):
                 checkpoint.read("x")
         with pytest.raises(CheckpointError, match=f"{WEIGHTS}: was changed while .* {how}"):
             checkpoint.verify_unchanged()
 
 
 @pytest.mark.parametrize("file", ["config.json", "generation_config.json", INDEX, *SHARDS])
-@pytest.mark.parametrize("change", [in_place, replaced, Path.unlink], ids=["in place", "replaced", "removed"])
+@pytest.mark.parametrize(
+    "change", [in_place, replaced, Path.unlink], ids=["in place", "replaced", "removed"]
+)
 def test_every_file_is_looked_at_again_in_the_end(change: Any, file: str, tmp_path: Path):
     write_shards(tmp_path)
     (tmp_path / "generation_config.json").write_text('{"top_k": 1}')
@@ -89,7 +97,9 @@ def test_a_file_that_comes_meanwhile_and_would_have_counted_is_noticed(file: str
         (tmp_path / "README.md").write_text("counts for nothing")
         checkpoint.verify_unchanged()
         (tmp_path / file).write_text("{}")
-        with pytest.raises(CheckpointError, match=f"{file}: was changed .* it was not there before"):
+        with pytest.raises(
+            CheckpointError, match=f"{file}: was changed .* it was not there before"
+        ):
             checkpoint.verify_unchanged()
 
 
@@ -106,12 +116,18 @@ def test_a_config_whose_weights_were_replaced_before_their_headers_were_read(tmp
     monkeypatch.setattr(checkpoint_module, "read_stamped_header", replace_then_read)
     with Checkpoint.open(tmp_path / "one") as checkpoint:
         assert checkpoint.config == {"of": "one"}
-        np.testing.assert_array_equal(checkpoint.read("x"), np.ones(4))  # the mixture that must not come out
-        with pytest.raises(CheckpointError, match="config.json: was changed while .* another file has taken its name"):
+        np.testing.assert_array_equal(
+            checkpoint.read("x"), np.ones(4)
+        )  # the mixture that must not come out
+        with pytest.raises(
+            CheckpointError,
+            match="config.json: was changed while .* another file has taken its name",
+        ):
             checkpoint.verify_unchanged()
 
 
-# --- no files at all -----------------------------------------------------------------------------------------------------
+# --- no files at all
+# -----------------------------------------------------------------------------------------------------
 
 
 def pipe(path: Path) -> str:
@@ -138,8 +154,12 @@ KINDS = [pipe, zeros_without_end, folder_of_that_name, link_to_itself]
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
-@pytest.mark.parametrize("file", ["config.json", "generation_config.json", INDEX, next(iter(SHARDS))])
-def test_what_is_no_regular_file_is_refused_by_name_and_does_not_hang(file: str, kind: Any, tmp_path: Path):
+@pytest.mark.parametrize(
+    "file", ["config.json", "generation_config.json", INDEX, next(iter(SHARDS))]
+)
+def test_what_is_no_regular_file_is_refused_by_name_and_does_not_hang(
+    file: str, kind: Any, tmp_path: Path
+):
     write_shards(tmp_path)
     (tmp_path / file).unlink(missing_ok=True)
     expected = kind(tmp_path / file)
@@ -153,7 +173,9 @@ def test_what_is_no_regular_file_is_refused_by_name_and_does_not_hang(file: str,
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize("file", ["tokenizer.json", "special_tokens_map.json", "merges.txt"])
-def test_tokenizer_files_that_are_none_are_refused_before_anyone_waits_for_them(file: str, kind: Any, tmp_path: Path):
+def test_tokenizer_files_that_are_none_are_refused_before_anyone_waits_for_them(
+    file: str, kind: Any, tmp_path: Path
+):
     (tmp_path / "tokenizer_config.json").write_text("{}")
     expected = kind(tmp_path / file)
     with pytest.raises(CheckpointError, match=f"{file}: .*{expected}"):
@@ -161,7 +183,11 @@ def test_tokenizer_files_that_are_none_are_refused_before_anyone_waits_for_them(
 
 
 @pytest.mark.parametrize(
-    "file, limit", [("config.json", checkpoint_module.MAX_CONFIG_BYTES), (INDEX, checkpoint_module.MAX_INDEX_BYTES)]
+    "file, limit",
+    [
+        ("config.json", checkpoint_module.MAX_CONFIG_BYTES),
+        (INDEX, checkpoint_module.MAX_INDEX_BYTES),
+    ],
 )
 def test_json_files_have_a_limit_that_the_error_names(file: str, limit: int, tmp_path: Path):
     write_shards(tmp_path)
@@ -177,7 +203,9 @@ def test_json_files_have_a_limit_that_the_error_names(file: str, limit: int, tmp
 def test_a_tokenizer_file_has_a_limit_too(tmp_path: Path):
     (tmp_path / "tokenizer.json").touch()
     os.truncate(tmp_path / "tokenizer.json", 10**9)
-    with pytest.raises(CheckpointError, match="tokenizer.json: has 1000000000 bytes, at most 500000000 are read"):
+    with pytest.raises(
+        CheckpointError, match="tokenizer.json: has 1000000000 bytes, at most 500000000 are read"
+    ):
         load_tokenizer(tmp_path)
 
 
@@ -198,7 +226,8 @@ def test_millions_of_faults_are_counted_and_not_kept(part: str, tmp_path: Path):
     assert f"{caught.value.count - 20} more" in str(caught.value)
 
 
-# --- what the system refuses ---------------------------------------------------------------------------------------------
+# --- what the system refuses
+# ---------------------------------------------------------------------------------------------
 
 
 def open_descriptors() -> set[int]:
@@ -236,7 +265,9 @@ def test_few_files_are_open_whatever_the_number_of_shards(tmp_path: Path):
     ],
 )
 @pytest.mark.parametrize("when", ["opening", "reading"])
-def test_what_the_system_refuses_is_said_as_it_is(code: int, advice: str, when: str, tmp_path: Path, monkeypatch):
+def test_what_the_system_refuses_is_said_as_it_is(
+    code: int, advice: str, when: str, tmp_path: Path, monkeypatch
+):
     checkpoint = Checkpoint.open(write_folder(tmp_path, {"x": np.zeros(4)}))
 
     def refuse(path: Any, *_: Any) -> int:
@@ -261,7 +292,9 @@ def test_threads_share_a_checkpoint(tmp_path: Path):
     with Checkpoint.open(write_folder(tmp_path, tensors)) as checkpoint:
 
         def read_many(name: str) -> None:
-            wrong.extend(name for _ in range(50) if not np.array_equal(checkpoint.read(name), tensors[name]))
+            wrong.extend(
+                name for _ in range(50) if not np.array_equal(checkpoint.read(name), tensors[name])
+            )
 
         threads = [threading.Thread(target=read_many, args=(name,)) for name in tensors]
         for thread in threads:

@@ -1,4 +1,5 @@
-"""Weights that are filled in piece by piece are those that are filled in at once, whatever the size of the pieces."""
+"""Weights that are filled in piece by piece are those that are filled in at once, whatever the size
+of the pieces."""
 
 import json
 import math
@@ -18,9 +19,10 @@ from test_moe_loading import same_weights
 from test_qarray import bits, oracle_block, oracle_tensor
 
 import fp8jax
-from fp8jax import filling, qarray
-from fp8jax.checkpoint import Checkpoint, CheckpointError
-from fp8jax.filling import _cut
+from fp8jax import qarray
+from fp8jax.checkpoints import filling
+from fp8jax.checkpoints.filling import _cut
+from fp8jax.checkpoints.folder import Checkpoint, CheckpointError
 from fp8jax.quantization_config import QuantizationConfig
 from fp8jax.schemes import FP8_PER_CHANNEL
 
@@ -47,14 +49,21 @@ def per_channel(monkeypatch):
         ("granitemoe", None),
     ],
 )
-def test_pieces_make_the_same_weights_and_report_to_the_bit(variant: str, scheme: str | None, request):
-    """Rows of 64 to 352 weights: qkv 128 to 192 rows, experts of 144 and 96 whose blocks end within a row group."""
+def test_pieces_make_the_same_weights_and_report_to_the_bit(
+    variant: str, scheme: str | None, request
+):
+    """Rows of 64 to 352 weights: qkv 128 to 192 rows, experts of 144 and 96 whose blocks end within
+    a row group."""
     whole = fp8jax.load_quantized(GOLDENS / variant, scheme)
     request.getfixturevalue("small_pieces")
     pieces = fp8jax.load_quantized(GOLDENS / variant, scheme)
     same_weights(pieces, whole)
     for one, other in zip(pieces.report.layers, whole.report.layers, strict=True):
-        assert (one.name, one.shard_amax, one.bytes_after) == (other.name, other.shard_amax, other.bytes_after)
+        assert (one.name, one.shard_amax, one.bytes_after) == (
+            other.name,
+            other.shard_amax,
+            other.bytes_after,
+        )
         if one.relative_error is not None and other.relative_error is not None:
             # Of more than 256 rows others are looked at: 1.3 % is seen.
             assert one.relative_error == pytest.approx(other.relative_error, rel=2e-2)
@@ -73,17 +82,24 @@ def test_pieces_of_a_stack_that_is_cut_into_parts(scheme: str, monkeypatch, smal
     split = fp8jax.load_quantized(GOLDENS / "granitemoe", scheme)
     for stack in ("gate_up_proj", "down_proj"):
         one, other = (lm.weight(f"model.layers.0.mlp.experts.{stack}") for lm in (whole, split))
-        jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), one, other)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), one, other
+        )
 
 
-@pytest.mark.parametrize("scheme, oracle", [("fp8_per_tensor", oracle_tensor), ("fp8_per_block", oracle_block)])
+@pytest.mark.parametrize(
+    "scheme, oracle", [("fp8_per_tensor", oracle_tensor), ("fp8_per_block", oracle_block)]
+)
 def test_a_fused_layer_in_pieces_equals_numpy(scheme: str, oracle: Any, small_pieces):
-    """The scale of a whole tensor is not that of a piece; its largest weight lies in one piece only."""
+    """The scale of a whole tensor is not that of a piece; its largest weight lies in one piece
+    only."""
     tensors = load_file(GOLDENS / "llama2" / FILE)
     shards = ["gate_proj", "up_proj"]
     weight = np.concatenate([tensors[f"model.layers.1.mlp.{shard}.weight"] for shard in shards])
     codes, scale = oracle(weight)
-    q: Any = fp8jax.load_quantized(GOLDENS / "llama2", scheme).weight("model.layers.1.mlp.gate_up_proj")
+    q: Any = fp8jax.load_quantized(GOLDENS / "llama2", scheme).weight(
+        "model.layers.1.mlp.gate_up_proj"
+    )
     np.testing.assert_array_equal(bits(q.qvalue), bits(codes))
     np.testing.assert_array_equal(bits(q.scale), bits(scale))
 
@@ -91,11 +107,21 @@ def test_a_fused_layer_in_pieces_equals_numpy(scheme: str, oracle: Any, small_pi
 def test_shards_of_different_dtypes_are_one_matrix(tmp_path: Path, small_pieces):
     folder = shutil.copytree(GOLDENS / "llama2", tmp_path / "mixed")
     name = "model.layers.0.self_attn.{}_proj.weight"
-    rewrite(folder, lambda t: t.update({name.format("k"): t[name.format("k")].astype(np.float32) * 1.001}))
+    rewrite(
+        folder,
+        lambda t: t.update({name.format("k"): t[name.format("k")].astype(np.float32) * 1.001}),
+    )
     tensors = load_file(folder / FILE)
-    assert {tensors[name.format(x)].dtype for x in "qk"} == {np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)}
-    codes, scale = oracle_tensor(np.concatenate([tensors[name.format(x)].astype(np.float32) for x in "qkv"]))
-    q: Any = fp8jax.load_quantized(folder, "fp8_per_tensor").weight("model.layers.0.self_attn.qkv_proj")
+    assert {tensors[name.format(x)].dtype for x in "qk"} == {
+        np.dtype(np.float32),
+        np.dtype(ml_dtypes.bfloat16),
+    }
+    codes, scale = oracle_tensor(
+        np.concatenate([tensors[name.format(x)].astype(np.float32) for x in "qkv"])
+    )
+    q: Any = fp8jax.load_quantized(folder, "fp8_per_tensor").weight(
+        "model.layers.0.self_attn.qkv_proj"
+    )
     np.testing.assert_array_equal(bits(q.qvalue), bits(codes))
     np.testing.assert_array_equal(bits(q.scale), bits(scale))
 
@@ -112,11 +138,18 @@ def test_shards_of_different_dtypes_are_one_matrix(tmp_path: Path, small_pieces)
         (300, 1, (300,), 10**6),  # a row is more than a piece
     ],
 )
-def test_pieces_cover_every_row_once_and_end_at_blocks(n, row_groups, parts: Sequence[int], row_bytes, monkeypatch):
+def test_pieces_cover_every_row_once_and_end_at_blocks(
+    n, row_groups, parts: Sequence[int], row_bytes, monkeypatch
+):
     monkeypatch.setattr(filling, "PIECE_BYTES", 20_000)
     pieces = list(_cut(n, row_bytes, row_groups=row_groups, parts=parts))
-    assert [row for piece in pieces for row in range(piece.first, piece.first + piece.rows)] == list(range(n))
-    assert max(piece.rows * row_bytes for piece in pieces) <= max(20_000, 128 * row_bytes) + 127 * row_bytes
+    assert [
+        row for piece in pieces for row in range(piece.first, piece.first + piece.rows)
+    ] == list(range(n))
+    assert (
+        max(piece.rows * row_bytes for piece in pieces)
+        <= max(20_000, 128 * row_bytes) + 127 * row_bytes
+    )
     ends = np.cumsum(parts)
     group = n // row_groups
     for piece in pieces:
@@ -126,11 +159,17 @@ def test_pieces_cover_every_row_once_and_end_at_blocks(n, row_groups, parts: Seq
             of_group = piece.first % group
             assert of_group + piece.rows <= group and (len(parts) > 1 or of_group % 128 == 0)
             groups_before = (piece.first - begin) // group
-            assert piece.block == groups_before * math.ceil(group / 128) + (piece.start - groups_before * group) // 128
+            assert (
+                piece.block
+                == groups_before * math.ceil(group / 128)
+                + (piece.start - groups_before * group) // 128
+            )
 
 
 @pytest.mark.parametrize("scheme", ["fp8_per_tensor", None])
-def test_nan_and_inf_are_found_in_any_piece_and_named_with_the_first_index(scheme, tmp_path: Path, small_pieces):
+def test_nan_and_inf_are_found_in_any_piece_and_named_with_the_first_index(
+    scheme, tmp_path: Path, small_pieces
+):
     folder = shutil.copytree(GOLDENS / "llama2", tmp_path / "spoilt")
 
     def spoil(tensors):
@@ -141,18 +180,26 @@ def test_nan_and_inf_are_found_in_any_piece_and_named_with_the_first_index(schem
     with pytest.raises(CheckpointError) as error:
         fp8jax.load_quantized(folder, scheme)
     assert len(error.value.faults) == 2
-    assert "model.layers.1.mlp.up_proj.weight: holds nan first at index [300, 7]" in str(error.value)
+    assert "model.layers.1.mlp.up_proj.weight: holds nan first at index [300, 7]" in str(
+        error.value
+    )
     assert "model.embed_tokens.weight: holds -inf first at index [63, 63]" in str(error.value)
 
 
-# --- what happens meanwhile ----------------------------------------------------------------------------------------------
+# --- what happens meanwhile
+# ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("file", [FILE, "config.json"])
-def test_a_checkpoint_that_is_replaced_while_it_loads_is_an_error(file: str, tmp_path: Path, monkeypatch):
-    """Half of the one and half of the other would load without a word: names and shapes are the same."""
+def test_a_checkpoint_that_is_replaced_while_it_loads_is_an_error(
+    file: str, tmp_path: Path, monkeypatch
+):
+    """Half of the one and half of the other would load without a word: names and shapes are the
+    same."""
     one, two = (shutil.copytree(GOLDENS / "llama2", tmp_path / name) for name in ("one", "two"))
-    rewrite(two, lambda tensors: [tensor.__imul__(ml_dtypes.bfloat16(2)) for tensor in tensors.values()])
+    rewrite(
+        two, lambda tensors: [tensor.__imul__(ml_dtypes.bfloat16(2)) for tensor in tensors.values()]
+    )
     reconfigure(two, rms_norm_eps=1e-3)
     read_into, reads = Checkpoint.read_into, []
 
@@ -163,7 +210,9 @@ def test_a_checkpoint_that_is_replaced_while_it_loads_is_an_error(file: str, tmp
         read_into(self, name, out, first=first)
 
     monkeypatch.setattr(Checkpoint, "read_into", replace_after_five)
-    with pytest.raises(CheckpointError, match=f"one/{file}: was changed while .* another file has taken its name"):
+    with pytest.raises(
+        CheckpointError, match=f"one/{file}: was changed while .* another file has taken its name"
+    ):
         fp8jax.load_quantized(one, "fp8_per_block")
     assert len(reads) > 10
 
@@ -186,9 +235,14 @@ def test_a_file_cut_short_while_it_loads_is_an_error(tmp_path: Path, monkeypatch
 
 @pytest.mark.parametrize(
     "error",
-    [MemoryError("no more"), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 7 bytes.")],
+    [
+        MemoryError("no more"),
+        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 7 bytes."),
+    ],
 )
-def test_out_of_memory_names_the_layer_its_size_and_how_far_loading_was(error: Exception, monkeypatch):
+def test_out_of_memory_names_the_layer_its_size_and_how_far_loading_was(
+    error: Exception, monkeypatch
+):
     convert, calls = filling._convert, []
 
     def fail_at_the_fifth(*arguments):
@@ -200,10 +254,19 @@ def test_out_of_memory_names_the_layer_its_size_and_how_far_loading_was(error: E
     monkeypatch.setattr(filling, "_convert", fail_at_the_fifth)
     with pytest.raises(MemoryError) as caught:
         fp8jax.load_quantized(GOLDENS / "llama2", "fp8_per_block")
-    layers = [layer.name for layer in fp8jax.load_quantized(GOLDENS / "llama2", "fp8_per_block").report.layers]
+    layers = [
+        layer.name
+        for layer in fp8jax.load_quantized(GOLDENS / "llama2", "fp8_per_block").report.layers
+    ]
     message = str(caught.value)
-    assert message.startswith(f"{layers[4]}.weight: out of memory while loading it (or {layers[3]} before it)")
-    assert "it has 0.1 MiB in the checkpoint" in message and "were read before" in message and str(error) in message
+    assert message.startswith(
+        f"{layers[4]}.weight: out of memory while loading it (or {layers[3]} before it)"
+    )
+    assert (
+        "it has 0.1 MiB in the checkpoint" in message
+        and "were read before" in message
+        and str(error) in message
+    )
     assert caught.value.__cause__ is error
 
 
@@ -216,24 +279,33 @@ def test_another_error_of_the_device_stays_what_it_is(monkeypatch):
         fp8jax.load_quantized(GOLDENS / "llama2", "fp8_per_block")
 
 
-# --- counts --------------------------------------------------------------------------------------------------------------
+# --- counts
+# --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layers", [3, 20_000, 10**9, 10**30])
-def test_more_layers_than_the_files_have_are_noticed_before_anything_is_built(layers: int, tmp_path: Path):
+def test_more_layers_than_the_files_have_are_noticed_before_anything_is_built(
+    layers: int, tmp_path: Path
+):
     folder = shutil.copytree(GOLDENS / "llama2", tmp_path / "deep")
     reconfigure(folder, num_hidden_layers=layers)
-    with pytest.raises(CheckpointError, match=f"num_hidden_layers is {layers}, the files have 2 layers"):
+    with pytest.raises(
+        CheckpointError, match=f"num_hidden_layers is {layers}, the files have 2 layers"
+    ):
         fp8jax.load_quantized(folder, None)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "granitemoe"])
 @pytest.mark.parametrize("experts", [5, 10**9])
-def test_more_experts_than_the_files_have_are_noticed_before_anything_is_built(family, experts: int, tmp_path: Path):
+def test_more_experts_than_the_files_have_are_noticed_before_anything_is_built(
+    family, experts: int, tmp_path: Path
+):
     """By their names, or by the first dimension of a stack."""
     folder = shutil.copytree(GOLDENS / family, tmp_path / "wide")
     reconfigure(folder, num_local_experts=experts)
-    with pytest.raises(CheckpointError, match=f"there are {experts} experts, the files have 4 experts"):
+    with pytest.raises(
+        CheckpointError, match=f"there are {experts} experts, the files have 4 experts"
+    ):
         fp8jax.load_quantized(folder, None)
 
 
@@ -241,25 +313,34 @@ def test_a_dense_checkpoint_under_the_config_of_a_mixture(tmp_path: Path):
     folder = shutil.copytree(GOLDENS / "mixtral", tmp_path / "dense")
     tensors = {name: x for name, x in load_file(folder / FILE).items() if ".experts." not in name}
     save_file(tensors, folder / FILE)
-    with pytest.raises(CheckpointError, match="there are 4 experts, the files have no tensor of experts"):
+    with pytest.raises(
+        CheckpointError, match="there are 4 experts, the files have no tensor of experts"
+    ):
         fp8jax.load_quantized(folder, None)
 
 
 def test_ten_thousand_names_of_another_model_are_told_in_time(tmp_path: Path):
-    """Similar names were looked for among all unknown tensors for each missing one: minutes, then hours."""
+    """Similar names were looked for among all unknown tensors for each missing one: minutes, then
+    hours."""
     folder = shutil.copytree(GOLDENS / "mixtral", tmp_path / "foreign")
     experts, old = 1500, load_file(folder / FILE)
     tensors = {name: x for name, x in old.items() if ".experts." not in name}
     for layer in range(2):
         for e in range(experts):
             for w in ("v1", "v2", "v3"):
-                tensors[f"model.layers.{layer}.block_sparse_moe.experts.{e}.{w}.weight"] = np.zeros(1, np.float32)
+                tensors[f"model.layers.{layer}.block_sparse_moe.experts.{e}.{w}.weight"] = np.zeros(
+                    1, np.float32
+                )
     save_file(tensors, folder / FILE)
     reconfigure(folder, num_local_experts=experts)
     with pytest.raises(CheckpointError) as error:
         fp8jax.load_quantized(folder, None)
-    assert error.value.count == 2 * (2 * 3 * experts + 1)  # missing, unknown, and two routers of another size
-    assert "w1.weight: missing" in str(error.value) and "v1.weight, which the model does not" in str(error.value)
+    assert error.value.count == 2 * (
+        2 * 3 * experts + 1
+    )  # missing, unknown, and two routers of another size
+    assert "w1.weight: missing" in str(
+        error.value
+    ) and "v1.weight, which the model does not" in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -267,6 +348,8 @@ def test_ten_thousand_names_of_another_model_are_told_in_time(tmp_path: Path):
 )
 def test_counts_of_another_type_are_left_to_the_config(number, tmp_path: Path):
     folder = shutil.copytree(GOLDENS / "llama2", tmp_path / "typed")
-    (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | number))
+    (folder / "config.json").write_text(
+        json.dumps(json.loads((folder / "config.json").read_text()) | number)
+    )
     with pytest.raises(ValueError, match="num_hidden_layers .* is wrong: expected an integer"):
         fp8jax.load_quantized(folder, None)

@@ -1,4 +1,5 @@
-"""Generation: the cache against the plain forward pass, rows against their neighbours, streaming against the whole loop."""
+"""Generation: the cache against the plain forward pass, rows against their neighbours, streaming
+against the whole loop."""
 
 import functools
 
@@ -38,10 +39,13 @@ def test_prefill_of_n_equals_prefill_of_n_minus_1_and_one_decode_step(variant, s
     last = np.asarray([row[-1] for row in rows], np.int32)
     stepped, _ = decode_step(lm.model, cache, last, np.asarray([11, 11], np.int32))
     if scheme is None:
-        assert relative_error(stepped, whole) < 1e-5  # float32 products of other shapes sum in another order
+        assert (
+            relative_error(stepped, whole) < 1e-5
+        )  # float32 products of other shapes sum in another order
         np.testing.assert_array_equal(np.argmax(stepped, -1), np.argmax(whole, -1))
     else:
-        # Other shapes, other roundings, flipped codes: less than the quantization error itself (the issue's 0.6 e).
+        # Other shapes, other roundings, flipped codes: less than the quantization error itself (the
+        # issue's 0.6 e).
         unquantized, _ = prefill_logits(load(variant), rows)
         assert np.linalg.norm(stepped - whole) <= 0.6 * np.linalg.norm(whole - unquantized)
 
@@ -53,7 +57,9 @@ def test_fp8_decoding_repeats_bit_for_bit_at_equal_shapes(scheme):
 
     def run():
         logits, cache = prefill_logits(lm, rows)
-        stepped, _ = decode_step(lm.model, cache, np.argmax(logits, -1).astype(np.int32), np.asarray([8, 8], np.int32))
+        stepped, _ = decode_step(
+            lm.model, cache, np.argmax(logits, -1).astype(np.int32), np.asarray([8, 8], np.int32)
+        )
         return np.asarray(stepped)
 
     np.testing.assert_array_equal(run(), run())
@@ -62,17 +68,23 @@ def test_fp8_decoding_repeats_bit_for_bit_at_equal_shapes(scheme):
 def test_logits_of_prefill_are_those_of_the_plain_forward_pass():
     lm, rows = load("llama31"), golden("llama31")["token_ids"][:, :9].tolist()
     logits, _ = prefill_logits(lm, rows)
-    assert relative_error(logits, lm.logits(rows)[:, -1]) < 1e-5  # sums over padded keys in another order
+    assert (
+        relative_error(logits, lm.logits(rows)[:, -1]) < 1e-5
+    )  # sums over padded keys in another order
 
 
 @pytest.mark.smoke
 @pytest.mark.parametrize("scheme", ALL_SCHEMES)
 def test_other_rows_change_nothing_in_a_row_bit_for_bit(scheme):
-    """Prompts of different lengths in one batch: the neighbours' tokens and lengths do not matter."""
+    """Prompts of different lengths in one batch: the neighbours' tokens and lengths do not
+    matter."""
     lm, tokens = load("smollm2", scheme), golden("smollm2")["token_ids"]
     mine = tokens[0, :7].tolist()
     results = []
-    for others in ([tokens[1, :3].tolist(), tokens[1, 4:15].tolist()], [tokens[1, :12].tolist(), [5]]):
+    for others in (
+        [tokens[1, :3].tolist(), tokens[1, 4:15].tolist()],
+        [tokens[1, :12].tolist(), [5]],
+    ):
         logits, cache = prefill_logits(lm, [mine, *others])
         lengths = np.asarray([len(mine), *map(len, others)], np.int32)
         stepped, _ = decode_step(lm.model, cache, np.argmax(logits, -1).astype(np.int32), lengths)
@@ -82,9 +94,12 @@ def test_other_rows_change_nothing_in_a_row_bit_for_bit(scheme):
 
 
 def test_padding_does_not_count_for_a_whole_batch_activation_scale():
-    """With one activation scale for all rows, valid tokens still decide alone: prompts in a wider bucket give the same bits."""
+    """With one activation scale for all rows, valid tokens still decide alone: prompts in a wider
+    bucket give the same bits."""
     config = {"activation": "tensor"}
-    lm = fp8jax.load_quantized(GOLDENS / "llama2", "fp8_per_tensor", quantization_config=config, dtype="float32")
+    lm = fp8jax.load_quantized(
+        GOLDENS / "llama2", "fp8_per_tensor", quantization_config=config, dtype="float32"
+    )
     row = golden("llama2")["token_ids"][0, :7].tolist()
     loud = np.full((1, 16), row[0], np.int32)
     loud[0, :7] = row
@@ -104,12 +119,15 @@ def test_prompts_of_different_lengths_generate_what_each_generates_alone(scheme)
     alone = [lm.generate([prompt], **options)[0] for prompt in prompts]
     if scheme is None:
         assert [g.token_ids for g in together] == [g.token_ids for g in alone]
-    # In FP8 another batch is another shape, whose roundings may flip codes: the first token's probability stays close.
+    # In FP8 another batch is another shape, whose roundings may flip codes: the first token's
+    # probability stays close.
     for a, b in zip(together, alone, strict=True):
         assert abs(a.logprobs[0] - b.logprobs[0]) < (1e-4 if scheme is None else 0.5)
 
 
-@pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": 0.9, "top_k": 20, "top_p": 0.9, "seed": 7}])
+@pytest.mark.parametrize(
+    "options", [{"temperature": 0}, {"temperature": 0.9, "top_k": 20, "top_p": 0.9, "seed": 7}]
+)
 def test_streaming_gives_the_tokens_of_generate(options):
     lm, prompt = load("llama31"), golden("llama31")["token_ids"][0, :8].tolist()
     options = {"max_new_tokens": 10, "eos_token_ids": [], **options}
@@ -126,7 +144,10 @@ def test_an_end_token_ends_its_own_row_only():
     assert (ended.token_ids, ended.finish_reason) == (expected[0][: stop + 1], "stop")
     if other_stop is None:
         assert (other.token_ids, other.finish_reason) == (expected[1], "length")
-    assert list(lm.stream(prompts[0], max_new_tokens=16, temperature=0, eos_token_ids=end)) == expected[0][: stop + 1]
+    assert (
+        list(lm.stream(prompts[0], max_new_tokens=16, temperature=0, eos_token_ids=end))
+        == expected[0][: stop + 1]
+    )
     assert len(ended.logprobs) == stop + 1
 
 
@@ -155,7 +176,9 @@ def test_a_rows_draws_depend_on_its_seed_alone():
 def test_every_step_of_a_row_draws_anew():
     rows, flat = 200, jnp.zeros((200, 1000), jnp.float32)
     sampling = fp8jax.Sampling.of(rows, temperature=1.0, seed=list(range(rows)))
-    first, second = (np.asarray(fp8jax.sample(flat, sampling, jnp.int32(step))[0]) for step in (0, 1))
+    first, second = (
+        np.asarray(fp8jax.sample(flat, sampling, jnp.int32(step))[0]) for step in (0, 1)
+    )
     assert (first == second).sum() < 5  # of 200 independent pairs of 1000 values: 0.2 expected
 
 
@@ -163,7 +186,9 @@ def test_generation_config_gives_the_defaults_and_arguments_beat_it():
     lm = load("llama31")
     assert lm.generation_config["do_sample"] and lm.eos_token_ids == (2, 5)
     rules = lm._sampling(1, None, None, None, None, 0)
-    np.testing.assert_allclose([rules.temperature[0], rules.top_p[0]], [0.6, 0.9], rtol=1e-6)  # as in the file
+    np.testing.assert_allclose(
+        [rules.temperature[0], rules.top_p[0]], [0.6, 0.9], rtol=1e-6
+    )  # as in the file
     assert lm._sampling(1, 0, None, None, None, 0).mode == "greedy"
     assert load("llama2")._sampling(1, None, None, None, None, 0).mode == "greedy"
 
@@ -217,7 +242,11 @@ def numpy_filter(logits, temperature, top_k, top_p, min_p):
         {"temperature": 1.5, "top_p": 0.6},
         {"temperature": 1.0, "min_p": 0.2},
         {"temperature": 0.8, "top_k": 5, "top_p": 0.7, "min_p": 0.1},
-        {"temperature": 1.0, "top_k": 3, "top_p": 0.75},  # two tokens; three if top_k's three did not add up to one
+        {
+            "temperature": 1.0,
+            "top_k": 3,
+            "top_p": 0.75,
+        },  # two tokens; three if top_k's three did not add up to one
         {"temperature": 1.0, "top_p": 0.0},
     ],
 )
@@ -226,18 +255,23 @@ def test_draws_follow_the_filtered_distribution(rules):
     logits = np.random.default_rng(0).standard_normal(12).astype(np.float32) * 2
     rules = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, **rules}
     sampling = fp8jax.Sampling.of(draws, **rules, seed=11)
-    tokens, logprobs = jax.jit(fp8jax.sample)(jnp.broadcast_to(logits, (draws, 12)), sampling, jnp.int32(0))
+    tokens, logprobs = jax.jit(fp8jax.sample)(
+        jnp.broadcast_to(logits, (draws, 12)), sampling, jnp.int32(0)
+    )
     expected = numpy_filter(logits.astype(np.float64), **rules)
     counts = np.bincount(tokens, minlength=12)
     assert not counts[expected == 0].any()
     # five standard deviations of a binomial count
-    assert (np.abs(counts - draws * expected) <= 5 * np.sqrt(draws * expected * (1 - expected)) + 1e-9).all()
+    assert (
+        np.abs(counts - draws * expected) <= 5 * np.sqrt(draws * expected * (1 - expected)) + 1e-9
+    ).all()
     full = logits - np.log(np.exp(logits.astype(np.float64)).sum())
     np.testing.assert_allclose(logprobs, full[np.asarray(tokens)], atol=1e-5)  # float32
 
 
 def test_float32_asks_for_full_precision_products():
-    """On GPUs float32 dots run in TF32 unless the highest precision is asked for: every dot of the float32 model asks."""
+    """On GPUs float32 dots run in TF32 unless the highest precision is asked for: every dot of the
+    float32 model asks."""
     model = load("smollm2").model
     text = jax.jit(lambda m, ids: m(ids)).lower(model, jnp.zeros((1, 16), jnp.int32)).as_text()
     dots = [line for line in text.splitlines() if "stablehlo.dot_general" in line]

@@ -11,7 +11,7 @@ import pytest
 from random_models import random_model
 
 import fp8jax
-from fp8jax.layers import Linear
+from fp8jax.models.layers import Linear
 
 NAN = float("nan")
 
@@ -59,11 +59,20 @@ def test_options_that_are_not_what_they_should_be_are_named(options, message, mo
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda lm: lm.generate([[1, 2], [3, [4]]]), r"prompts\[1\]: expected a string or a flat list of token ids"),
-        (lambda lm: lm.generate([[[1, 2]]]), r"prompts\[0\]: expected a string or a list of token ids"),
+        (
+            lambda lm: lm.generate([[1, 2], [3, [4]]]),
+            r"prompts\[1\]: expected a string or a flat list of token ids",
+        ),
+        (
+            lambda lm: lm.generate([[[1, 2]]]),
+            r"prompts\[0\]: expected a string or a list of token ids",
+        ),
         (lambda lm: lm.generate({0: [1]}), "list of prompts"),
         (lambda lm: lm.generate(5), "list of prompts, got a int"),
-        (lambda lm: lm.logits([[1, 2], [3]]), r"logits takes token ids \[b, t\], got rows of different lengths"),
+        (
+            lambda lm: lm.logits([[1, 2], [3]]),
+            r"logits takes token ids \[b, t\], got rows of different lengths",
+        ),
         (lambda lm: lm.logits([[1.0, 2.0]]), "integers"),
         (lambda lm: lm.score([[1, 2], [3, [4]]]), r"texts\[1\]: expected"),
         (lambda lm: lm.score([1, 2]), "list of texts"),
@@ -94,8 +103,12 @@ RULES = fp8jax.Sampling.of(2)
 ENDS: Any = np.asarray([-1], np.int32)
 
 
-def whole_loop(lm, ids=IDS, lengths=TWO, rules=RULES, ends=ENDS, new: Any = 4, *, capacity=4, cache_length=16):
-    return fp8jax.generate(lm.model, ids, lengths, rules, ends, new, capacity=capacity, cache_length=cache_length)
+def whole_loop(
+    lm, ids=IDS, lengths=TWO, rules=RULES, ends=ENDS, new: Any = 4, *, capacity=4, cache_length=16
+):
+    return fp8jax.generate(
+        lm.model, ids, lengths, rules, ends, new, capacity=capacity, cache_length=cache_length
+    )
 
 
 @pytest.mark.parametrize(
@@ -105,28 +118,51 @@ def whole_loop(lm, ids=IDS, lengths=TWO, rules=RULES, ends=ENDS, new: Any = 4, *
         (lambda lm: whole_loop(lm, new=0), "max_new_tokens is 0"),
         (lambda lm: whole_loop(lm, new=2.5), "max_new_tokens is float"),
         (lambda lm: whole_loop(lm, capacity=0), "capacity"),
-        (lambda lm: whole_loop(lm, rules=fp8jax.Sampling.of(3)), "rules are of .3,. rows, the logits of 2"),
-        (lambda lm: whole_loop(lm, cache_length=3), "cache_length is 3; it must hold the padded prompts of 4 tokens"),
+        (
+            lambda lm: whole_loop(lm, rules=fp8jax.Sampling.of(3)),
+            "rules are of .3,. rows, the logits of 2",
+        ),
+        (
+            lambda lm: whole_loop(lm, cache_length=3),
+            "cache_length is 3; it must hold the padded prompts of 4 tokens",
+        ),
         (lambda lm: whole_loop(lm, cache_length=65), "context of 64"),
-        (lambda lm: whole_loop(lm, lengths=np.asarray([4, 5], np.int32)), "lengths holds 5, expected 0 to 4"),
-        (lambda lm: whole_loop(lm, lengths=np.asarray([4], np.int32)), r"lengths is int32\[1\], expected int \[2\]"),
+        (
+            lambda lm: whole_loop(lm, lengths=np.asarray([4, 5], np.int32)),
+            "lengths holds 5, expected 0 to 4",
+        ),
+        (
+            lambda lm: whole_loop(lm, lengths=np.asarray([4], np.int32)),
+            r"lengths is int32\[1\], expected int \[2\]",
+        ),
         (lambda lm: whole_loop(lm, ids=IDS.astype(np.float32)), r"token_ids is float32\[2, 4\]"),
-        (lambda lm: whole_loop(lm, ids=IDS[0]), r"token_ids is int32\[4\], expected int \[any, any\]"),
+        (
+            lambda lm: whole_loop(lm, ids=IDS[0]),
+            r"token_ids is int32\[4\], expected int \[any, any\]",
+        ),
         (lambda lm: whole_loop(lm, ids=IDS.tolist()), "token_ids is a list, expected an array"),
         (lambda lm: whole_loop(lm, ends=np.int32(3)), "eos_token_ids"),
-        (lambda lm: lm.model(np.ones((1, 65), np.int32)), "65 tokens are more than the model's context of 64"),
+        (
+            lambda lm: lm.model(np.ones((1, 65), np.int32)),
+            "65 tokens are more than the model's context of 64",
+        ),
         (lambda lm: lm.model(np.ones((1, 6), np.float32)), "token ids are float32"),
         (
             lambda lm: fp8jax.prefill(lm.model, lm.model.empty_cache(3, 8), IDS, TWO),
             r"\[3, 1, 8, 8\], expected \[2, 1,",
         ),
-        (lambda lm: fp8jax.prefill(lm.model, lm.model.empty_cache(2, 3), IDS, TWO), "room for 3 tokens a row, fewer"),
+        (
+            lambda lm: fp8jax.prefill(lm.model, lm.model.empty_cache(2, 3), IDS, TWO),
+            "room for 3 tokens a row, fewer",
+        ),
         (
             lambda lm: fp8jax.prefill(lm.model, 2 * lm.model.empty_cache(2, 8), IDS, TWO),
             "cache is of 2 layers, the model of 1",
         ),
         (
-            lambda lm: fp8jax.decode_step(lm.model, lm.model.empty_cache(2, 8), IDS[:, 0], TWO + np.int32(4)),
+            lambda lm: fp8jax.decode_step(
+                lm.model, lm.model.empty_cache(2, 8), IDS[:, 0], TWO + np.int32(4)
+            ),
             "positions holds 8, expected 0 to 7",
         ),
         (
@@ -134,14 +170,25 @@ def whole_loop(lm, ids=IDS, lengths=TWO, rules=RULES, ends=ENDS, new: Any = 4, *
             r"tokens is int32\[2, 4\], expected int \[any\]",
         ),
         (
-            lambda lm: fp8jax.decode_step(lm.model, lm.model.empty_cache(2, 8), IDS[:, 0], TWO, TWO),
+            lambda lm: fp8jax.decode_step(
+                lm.model, lm.model.empty_cache(2, 8), IDS[:, 0], TWO, TWO
+            ),
             r"active is int32\[2\], expected bool",
         ),
         (lambda lm: lm.model.empty_cache(0, 8), "batch is 0"),
         (lambda lm: lm.model.empty_cache(1, 8.5), "length is 8.5"),
-        (lambda lm: fp8jax.sample(jnp.zeros((2, 5)), fp8jax.Sampling.of(1), jnp.int32(0)), "rules are of .1,. rows"),
-        (lambda lm: fp8jax.sample(jnp.zeros(5), fp8jax.Sampling.of(1), jnp.int32(0)), r"expected float32 \[b, vocab\]"),
-        (lambda lm: fp8jax.sample(jnp.zeros((2, 5)), RULES, jnp.zeros(3, jnp.int32)), "step has shape"),
+        (
+            lambda lm: fp8jax.sample(jnp.zeros((2, 5)), fp8jax.Sampling.of(1), jnp.int32(0)),
+            "rules are of .1,. rows",
+        ),
+        (
+            lambda lm: fp8jax.sample(jnp.zeros(5), fp8jax.Sampling.of(1), jnp.int32(0)),
+            r"expected float32 \[b, vocab\]",
+        ),
+        (
+            lambda lm: fp8jax.sample(jnp.zeros((2, 5)), RULES, jnp.zeros(3, jnp.int32)),
+            "step has shape",
+        ),
     ],
 )
 def test_arrays_that_do_not_fit_together_are_refused_with_their_sizes(call, message):
@@ -158,7 +205,8 @@ def test_rows_end_where_outputs_or_cache_are_full_when_the_number_of_tokens_is_t
 
 
 def poisoned(token, value=3e37):
-    """A model with a large embedding multiplier and its own head: all weights are finite, this token's hidden state is not."""
+    """A model with a large embedding multiplier and its own head: all weights are finite, this
+    token's hidden state is not."""
     lm = random_model(
         architectures=["GraniteForCausalLM"],
         embedding_multiplier=1e3,
@@ -185,11 +233,14 @@ def plain_logits(lm, row):
 
 
 def assert_close(found, expected):
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)  # float32 sums in another order
+    np.testing.assert_allclose(
+        found, expected, rtol=1e-4, atol=1e-5
+    )  # float32 sums in another order
 
 
 def test_filler_tokens_do_not_reach_the_rows_they_fill():
-    """Token 0 gives NaN here. Rows that do not hold it get what they get without padding, in every call."""
+    """Token 0 gives NaN here. Rows that do not hold it get what they get without padding, in every
+    call."""
     lm, rows = poisoned(0), [[5, 6, 7, 8, 9], [11] * 17]
     assert np.isnan(plain_logits(lm, [0, 1])).all()
     generated, scores = lm.generate(rows, max_new_tokens=2, eos_token_ids=[]), lm.score(rows)
@@ -204,7 +255,8 @@ def test_filler_tokens_do_not_reach_the_rows_they_fill():
 
 @pytest.mark.parametrize("attends", ["fresh", "cache"])
 def test_padding_and_an_old_cache_may_hold_nan(attends):
-    """The caller's own padding is any token, and a cache may be one that another request left behind."""
+    """The caller's own padding is any token, and a cache may be one that another request left
+    behind."""
     lm = poisoned(0)
     row, t = [5, 6, 7], 8
     ids, lengths = np.asarray([row + [0] * (t - 3)], np.int32), np.asarray([3], np.int32)
@@ -217,7 +269,11 @@ def test_padding_and_an_old_cache_may_hold_nan(attends):
     assert_close(logits[0], plain_logits(lm, [*row, 9])[-1])
     # Two tokens at once after the cache, the second of them padding.
     valid = np.asarray([[True, False]])
-    step = jax.jit(lambda model, ids, cache: model.hidden_states(ids, cache=cache, start=lengths + 1, valid=valid)[0])
+    step = jax.jit(
+        lambda model, ids, cache: model.hidden_states(
+            ids, cache=cache, start=lengths + 1, valid=valid
+        )[0]
+    )
     hidden = step(lm.model, np.asarray([[4, 0]]), cache)
     assert_close(lm.model.logits(hidden[0, 0]), plain_logits(lm, [*row, 9, 4])[-1])
 
@@ -235,7 +291,10 @@ def test_logits_that_are_not_finite_raise_and_name_prompt_and_place():
 
 def test_a_row_whose_logits_turn_nan_later_ends_there_and_its_neighbour_goes_on():
     """The pure function cannot raise; a row's last log-probability says it."""
-    prompts, options = [[3], [4]], {"max_new_tokens": 4, "temperature": 5.0, "seed": [0, 1], "eos_token_ids": []}
+    prompts, options = (
+        [[3], [4]],
+        {"max_new_tokens": 4, "temperature": 5.0, "seed": [0, 1], "eos_token_ids": []},
+    )
     lm = poisoned(0, value=1.0)
     first, second = (g.token_ids for g in lm.generate(prompts, **options))
     assert first[1] not in [3, first[0], *second]
@@ -253,7 +312,11 @@ def test_a_row_whose_logits_turn_nan_later_ends_there_and_its_neighbour_goes_on(
 def test_neighbouring_seeds_share_no_row():
     lm, prompt = small(), [3, 4]
     options = {"max_new_tokens": 12, "temperature": 5.0, "eos_token_ids": []}
-    rows = [tuple(g.token_ids) for seed in (0, 1, 2) for g in lm.generate([prompt] * 4, seed=seed, **options)]
+    rows = [
+        tuple(g.token_ids)
+        for seed in (0, 1, 2)
+        for g in lm.generate([prompt] * 4, seed=seed, **options)
+    ]
     assert len(set(rows)) == 12  # of 32 ** 12 continuations that are about equally likely
     assert tuple(lm.stream(prompt, seed=1, **options)) == rows[4]
 
@@ -261,7 +324,9 @@ def test_neighbouring_seeds_share_no_row():
 def test_draws_of_a_row_with_its_own_seed_are_those_of_key_seed_and_step():
     """As they were in every earlier version, spelled out with jax.random."""
     logits = jnp.asarray(np.random.default_rng(0).standard_normal((3, 50)), jnp.float32)
-    tokens, _ = fp8jax.sample(logits, fp8jax.Sampling.of(3, temperature=1.0, seed=[7, 8, 7]), jnp.int32(4))
+    tokens, _ = fp8jax.sample(
+        logits, fp8jax.Sampling.of(3, temperature=1.0, seed=[7, 8, 7]), jnp.int32(4)
+    )
     for row, seed in enumerate([7, 8, 7]):
         noise = jax.random.gumbel(jax.random.fold_in(jax.random.key(seed), 4), (50,), jnp.float32)
         assert tokens[row] == np.argmax(logits[row] - logits[row].max() + noise)

@@ -1,4 +1,5 @@
-"""generation_config.json: what is applied, what is refused, and what is named because it is not applied."""
+"""generation_config.json: what is applied, what is refused, and what is named because it is not
+applied."""
 
 import json
 import shutil
@@ -17,16 +18,21 @@ def read(**fields):
 
 
 def every_field() -> dict[str, object]:
-    """Every field of the installed transformers' class, with the value it takes where nobody sets it."""
+    """Every field of the installed transformers' class, with the value it takes where nobody sets
+    it."""
     from transformers import GenerationConfig
 
-    fields = {name: value for name, value in vars(GenerationConfig()).items() if not name.startswith("_")}
+    fields = {
+        name: value for name, value in vars(GenerationConfig()).items() if not name.startswith("_")
+    }
     return fields | GenerationConfig._get_default_generation_params()
 
 
 def test_every_field_of_transformers_is_applied_or_neutral_or_named():
     fields = every_field()
-    assert len(fields) > 60 and fields.keys() >= APPLIED and fields.keys() >= NEUTRAL  # no name misspelled here
+    assert (
+        len(fields) > 60 and fields.keys() >= APPLIED and fields.keys() >= NEUTRAL
+    )  # no name misspelled here
     for name in fields.keys() - APPLIED:
         for asked in (7, 0.5, [[1, 2]], {"a": 1}):
             told = read(**{name: asked}).warnings
@@ -41,13 +47,20 @@ def test_what_transformers_takes_where_nobody_says_anything_is_no_reason_to_warn
 
 def test_what_is_not_applied_is_named_once_at_loading(tmp_path):
     # stop_words_ids is no field of transformers' at all: somebody's own code reads it.
-    fields = {"repetition_penalty": 1.1, "suppress_tokens": [1, 2], "stop_strings": ["\n"], "stop_words_ids": [[5]]}
+    fields = {
+        "repetition_penalty": 1.1,
+        "suppress_tokens": [1, 2],
+        "stop_strings": ["\n"],
+        "stop_words_ids": [[5]],
+    }
     folder = shutil.copytree(GOLDENS / "llama2", tmp_path / "c")
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 2, **fields}))
     with pytest.warns(UserWarning, match="does not apply") as caught:
         lm = fp8jax.load_quantized(folder, None, dtype="float32")
     (told,) = [str(warning.message) for warning in caught]
-    assert all(f"{name}={value!r}" in told for name, value in fields.items()) and str(folder) in told
+    assert (
+        all(f"{name}={value!r}" in told for name, value in fields.items()) and str(folder) in told
+    )
     assert lm.report.warnings == (told,)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -59,10 +72,16 @@ def test_what_is_not_applied_is_named_once_at_loading(tmp_path):
     [
         ({}, (0.0, 0, 1.0, 0.0)),
         ({"do_sample": True}, (1.0, 0, 1.0, 0.0)),  # and not transformers' top_k of 50
-        ({"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.9, "min_p": 0.1}, (0.6, 20, 0.9, 0.1)),
+        (
+            {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.9, "min_p": 0.1},
+            (0.6, 20, 0.9, 0.1),
+        ),
         ({"do_sample": True, "temperature": 0}, (0.0, 0, 1.0, 0.0)),
         ({"do_sample": False, "temperature": 0.6}, (0.0, 0, 1.0, 0.0)),
-        ({"do_sample": True, "temperature": None, "top_k": None, "top_p": None}, (1.0, 0, 1.0, 0.0)),
+        (
+            {"do_sample": True, "temperature": None, "top_k": None, "top_p": None},
+            (1.0, 0, 1.0, 0.0),
+        ),
         ({"do_sample": True, "top_k": -1}, (1.0, 0, 1.0, 0.0)),
         ({"do_sample": True, "top_k": 50.0}, (1.0, 50, 1.0, 0.0)),
     ],
@@ -85,7 +104,11 @@ def test_sampling_at_temperature_0_is_greedy_and_said():
     ("fields", "prompts", "tokens"),
     [
         ({"max_length": 12}, [5], 7),
-        ({"max_length": 12}, [5, 9], 3),  # what the longest prompt leaves, as in transformers' padded batches
+        (
+            {"max_length": 12},
+            [5, 9],
+            3,
+        ),  # what the longest prompt leaves, as in transformers' padded batches
         ({"max_length": 12, "max_new_tokens": 2}, [5], 2),
         ({"max_length": 100_000}, [100], 28),  # the context is 128
         ({}, [5], 123),
@@ -103,7 +126,8 @@ def test_a_prompt_that_max_length_leaves_nothing_is_refused(monkeypatch):
     lm = load("llama2")
     monkeypatch.setattr(lm, "generation_config", {"max_length": 5})
     with pytest.raises(
-        ValueError, match=r"longest prompt has 5 tokens, and 5 is the limit.*max_length.*max_new_tokens"
+        ValueError,
+        match=r"longest prompt has 5 tokens, and 5 is the limit.*max_length.*max_new_tokens",
     ):
         lm.generate([[3] * 5])
     assert lm._prepare([[3] * 5], 2, None)[1] == 2
@@ -144,7 +168,9 @@ def test_a_prompt_that_max_length_leaves_nothing_is_refused(monkeypatch):
 def test_a_value_of_the_wrong_kind_is_refused_by_file_and_field(tmp_path, name, value):
     folder = shutil.copytree(GOLDENS / "llama2", tmp_path / "c")
     (folder / "generation_config.json").write_text(json.dumps({name: value}))
-    with pytest.raises(fp8jax.CheckpointError, match=f"generation_config.json: {name} is ") as caught:
+    with pytest.raises(
+        fp8jax.CheckpointError, match=f"generation_config.json: {name} is "
+    ) as caught:
         fp8jax.load_quantized(folder, None)
     assert str(folder) in str(caught.value) and "expected" in str(caught.value)
 

@@ -1,7 +1,9 @@
-"""Memory of scoring and of reading prompts, watched from outside a process of its own, and a loop that Ctrl-C ends.
+"""Memory of scoring and of reading prompts, watched from outside a process of its own, and a loop
+that Ctrl-C ends.
 
-Two layers as wide as SmolLM2-135M's with its vocabulary, random weights. What is held while idle, weights and compiled
-programs included, is taken off: what is left grows with the batch, and is what a card must have free.
+Two layers as wide as SmolLM2-135M's with its vocabulary, random weights. What is held while idle,
+weights and compiled programs included, is taken off: what is left grows with the batch, and is what
+a card must have free.
 """
 
 import json
@@ -32,7 +34,12 @@ def child(work: str, **numbers: Any) -> subprocess.Popen[str]:
     """A process that makes a model, says "idle", waits for a line, and works."""
     command = [sys.executable, __file__, json.dumps(numbers), work]
     return subprocess.Popen(
-        command, cwd=HERE, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=HERE,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
@@ -52,7 +59,8 @@ def peak_above_idle(work: str) -> int:
 
 def test_scoring_needs_no_logits_of_all_positions():
     peak = peak_above_idle("lm.score([list(range(1024))] * 8)")
-    # 486 MiB measured, compiling included; with the logits of all 8 × 1024 positions at once 4285 MiB.
+    # 486 MiB measured, compiling included; with the logits of all 8 × 1024 positions at once 4285
+    # MiB.
     assert peak < 600 * MIB, peak / MIB
 
 
@@ -65,7 +73,9 @@ def test_reading_prompts_needs_no_more_scores_than_are_bounded():
 def test_ctrl_c_ends_a_loop_of_many_tokens_within_seconds():
     numbers = {"max_position_embeddings": 2**15, "hidden_size": 64, "intermediate_size": 4096}
     with child("lm.generate([[3]] * 2, max_new_tokens=30_000)", **numbers) as process:
-        assert process.stdin is not None and process.stdout is not None and process.stderr is not None
+        assert (
+            process.stdin is not None and process.stdout is not None and process.stderr is not None
+        )
         assert process.stdout.readline().strip() == "idle"
         process.stdin.write("go\n")
         process.stdin.flush()
@@ -79,7 +89,8 @@ def test_ctrl_c_ends_a_loop_of_many_tokens_within_seconds():
             process.kill()
             pytest.fail("a minute after Ctrl-C the loop is still running")
     assert "KeyboardInterrupt" in errors.splitlines()[-1]
-    # A portion of 32 tokens takes milliseconds here; ending a Python process with JAX in it takes the rest.
+    # A portion of 32 tokens takes milliseconds here; ending a Python process with JAX in it takes
+    # the rest.
     assert time.monotonic() - start < 10
 
 

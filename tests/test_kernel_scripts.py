@@ -1,6 +1,8 @@
-"""The scripts that inspect, time and tune kernels: each runs on a CPU on tiny shapes, and does not do work twice.
+"""The scripts that inspect, time and tune kernels: each runs on a CPU on tiny shapes, and does not
+do work twice.
 
-Most run in this process, because what is slow about them is starting Python and compiling interpreted kernels.
+Most run in this process, because what is slow about them is starting Python and compiling
+interpreted kernels.
 """
 
 import importlib
@@ -14,13 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fp8jax import benchmarking
-from fp8jax.benchmarking import Limits, ResultFile
+from fp8jax.devtools import benchmarking, offline_compile
+from fp8jax.devtools.benchmarking import Limits, ResultFile
+from fp8jax.devtools.offline_programs import EXPERT_SHAPES
+from fp8jax.devtools.offline_targets import TARGETS
 from fp8jax.models import CausalLM
-from fp8jax.pallas_kernels import offline_compile, tuning
+from fp8jax.pallas_kernels import tuning
 from fp8jax.pallas_kernels.matmul_config import Config
-from fp8jax.pallas_kernels.offline_programs import EXPERT_SHAPES
-from fp8jax.pallas_kernels.offline_targets import TARGETS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -39,7 +41,9 @@ def test_every_call_of_a_timing_gets_its_own_operands_and_really_runs():
         jax.debug.callback(lambda value: seen.append(float(value)), x.sum())
         return x + 1
 
-    timing = benchmarking.time_calls(function, [(jnp.full(4, i, jnp.float32),) for i in range(3)], rounds=2, samples=2)
+    timing = benchmarking.time_calls(
+        function, [(jnp.full(4, i, jnp.float32),) for i in range(3)], rounds=2, samples=2
+    )
     jax.effects_barrier()
     runs = 1 + 1 + 2  # the first one, the one that sets the depth, the samples
     assert sorted(seen) == sorted([0.0, 4.0, 8.0] * 2 * runs)
@@ -58,17 +62,29 @@ def test_operands_come_round_only_after_twice_the_cache():
 
 def test_devices_are_told_apart_by_the_most_specific_part_of_their_name():
     bandwidths = [
-        benchmarking.limits(kind) for kind in ("NVIDIA H100 PCIe", "NVIDIA H100 80GB HBM3", "NVIDIA L40S", "NVIDIA L4")
+        benchmarking.limits(kind)
+        for kind in ("NVIDIA H100 PCIe", "NVIDIA H100 80GB HBM3", "NVIDIA L40S", "NVIDIA L4")
     ]
-    assert [found and found.bandwidth for found in bandwidths] == [2.0e12, 3.35e12, 0.864e12, 0.3e12]
+    assert [found and found.bandwidth for found in bandwidths] == [
+        2.0e12,
+        3.35e12,
+        0.864e12,
+        0.3e12,
+    ]
     assert benchmarking.limits("cpu") is None
 
 
 def test_the_roofline_is_the_slower_of_arithmetic_and_memory():
     device = Limits(bandwidth=1e12, bf16_flops=1e14, fp8_flops=2e14, l2_bytes=1)
-    assert benchmarking.floor_microseconds(device, flops=1e9, bytes_moved=1e7, operands="fp8") == pytest.approx(10)
-    assert benchmarking.floor_microseconds(device, flops=1e10, bytes_moved=1e7, operands="fp8") == pytest.approx(50)
-    assert benchmarking.floor_microseconds(device, flops=1e10, bytes_moved=1e7, operands="bf16") == pytest.approx(100)
+    assert benchmarking.floor_microseconds(
+        device, flops=1e9, bytes_moved=1e7, operands="fp8"
+    ) == pytest.approx(10)
+    assert benchmarking.floor_microseconds(
+        device, flops=1e10, bytes_moved=1e7, operands="fp8"
+    ) == pytest.approx(50)
+    assert benchmarking.floor_microseconds(
+        device, flops=1e10, bytes_moved=1e7, operands="bf16"
+    ) == pytest.approx(100)
 
 
 def test_results_are_continued_on_the_same_device_only(tmp_path):
@@ -88,11 +104,19 @@ def test_results_are_continued_on_the_same_device_only(tmp_path):
 def test_matmul_benchmark_times_each_contender_once(script, tmp_path, capsys):
     benchmark = script("benchmark_matmul")
     wanted = "bf16,per_tensor,quantize_token,per_block_with_quantize"
-    options = {"shapes": "tiny", "m": "3", "only": wanted, "samples": 2, "json_file": tmp_path / "r.json"}
+    options = {
+        "shapes": "tiny",
+        "m": "3",
+        "only": wanted,
+        "samples": 2,
+        "json_file": tmp_path / "r.json",
+    }
     benchmark.main(**options, minutes=10)
     summary = last_json(capsys)
     assert summary["rows"] == 4
-    assert set(summary["times_bf16"]["decode m <= 16"]) == set(wanted.split(",")) - {"quantize_token"}
+    assert set(summary["times_bf16"]["decode m <= 16"]) == set(wanted.split(",")) - {
+        "quantize_token"
+    }
     written = json.loads((tmp_path / "r.json").read_text())
     assert sorted(row["contender"] for row in written["rows"]) == sorted(wanted.split(","))
     for row in written["rows"]:
@@ -113,7 +137,9 @@ def test_what_the_matmul_benchmark_runs_is_the_product(script):
         out = contender.run(*operands)
         if name.startswith("quantize"):
             codes, scale = out
-            spread = scale.T if name.endswith("token") else jnp.repeat(scale, 128, axis=0)  # layout gm
+            spread = (
+                scale.T if name.endswith("token") else jnp.repeat(scale, 128, axis=0)
+            )  # layout gm
             spread = scale if name.endswith("token") else spread.T
             values, expected = (
                 np.asarray(codes, np.float64) * np.asarray(spread, np.float64),
@@ -123,10 +149,13 @@ def test_what_the_matmul_benchmark_runs_is_the_product(script):
             x, w = operands[0], operands[-2] if len(operands) > 2 else operands[-1]
             quantized = 1 if name == "bf16" else 1 / 80  # the scale of each quantized operand
             x_scale = 1 if x.dtype == jnp.bfloat16 else quantized
-            expected = (np.asarray(x, np.float64) * x_scale) @ (np.asarray(w, np.float64) * quantized).T
+            expected = (np.asarray(x, np.float64) * x_scale) @ (
+                np.asarray(w, np.float64) * quantized
+            ).T
             values = np.asarray(out, np.float64)
         error = np.linalg.norm(values - expected) / np.linalg.norm(expected)
-        # codes have 3 mantissa bits: 2.6 % root mean square for each quantization done here; bfloat16 output 0.3 %
+        # codes have 3 mantissa bits: 2.6 % root mean square for each quantization done here;
+        # bfloat16 output 0.3 %
         assert error < (0.04 if "quantize" in name else 0.005), name
 
 
@@ -139,7 +168,9 @@ def timed(contender: str, m: int) -> offline_compile.Program:
     return offline_compile.Program(benchmarking.one_after_another(chosen.run), ([operands] * 3,))
 
 
-@pytest.mark.skipif(offline_compile.available() is not None, reason=f"{offline_compile.available()}")
+@pytest.mark.skipif(
+    offline_compile.available() is not None, reason=f"{offline_compile.available()}"
+)
 def test_calls_of_a_timing_stay_apart_and_in_order_and_nothing_else_is_launched():
     expected = {
         ("cublaslt_fp8", 4096): ["kCublasLtMatmul"],
@@ -158,27 +189,49 @@ def test_calls_of_a_timing_stay_apart_and_in_order_and_nothing_else_is_launched(
 
 def test_an_unknown_shape_is_said(script):
     with pytest.raises(SystemExit, match="unknown shapes.*tiny"):
-        script("benchmark_matmul").main(shapes="llama", m="1", only="", samples=1, minutes=1, json_file=None)
+        script("benchmark_matmul").main(
+            shapes="llama", m="1", only="", samples=1, minutes=1, json_file=None
+        )
 
 
 # tuning
 
 
 def tune_options(tmp_path: Path, **changes) -> dict:
-    options = {"shapes": "tiny", "m": "16", "op": "scaled_matmul", "minutes": 10, "most": 2, "samples": 1}
+    options = {
+        "shapes": "tiny",
+        "m": "16",
+        "op": "scaled_matmul",
+        "minutes": 10,
+        "most": 2,
+        "samples": 1,
+    }
     return (
-        options | {"device": "", "plan": None, "json_file": tmp_path / "t.json", "tuned": tmp_path / "tuned"} | changes
+        options
+        | {
+            "device": "",
+            "plan": None,
+            "json_file": tmp_path / "t.json",
+            "tuned": tmp_path / "tuned",
+        }
+        | changes
     )
 
 
-def test_tuning_writes_a_table_with_its_measurement_and_does_not_repeat_it(script, tmp_path, capsys):
+def test_tuning_writes_a_table_with_its_measurement_and_does_not_repeat_it(
+    script, tmp_path, capsys
+):
     tune = script("tune_kernels")
     tune.main(**tune_options(tmp_path))
     assert last_json(capsys)["finished_now"] == 1
     (entry,) = tuning.load("cpu", "scaled_matmul", folder=tmp_path / "tuned")
     assert entry.shape == {"m": 16, "n": 256, "k": 256}
     assert entry.candidates == 2
-    assert entry.microseconds > 0 and entry.xla_microseconds and entry.versions["jax"] == jax.__version__
+    assert (
+        entry.microseconds > 0
+        and entry.xla_microseconds
+        and entry.versions["jax"] == jax.__version__
+    )
     timed = json.loads((tmp_path / "t.json").read_text())["rows"]
     assert dict(entry.config) in [row["config"] for row in timed]
     tune.main(**tune_options(tmp_path))
@@ -237,16 +290,27 @@ def test_shared_memory_rules_out_tiles_before_they_are_compiled(script):
     tile = Config(block_m=128, block_n=128, block_k=128, num_warps=8, num_stages=4)
     assert fits(tile, TARGETS["h100"])  # 128 KiB of 227
     assert fits(tile, TARGETS["l40"])  # one stage less there: 96 KiB of 99
-    assert not fits(Config(block_m=128, block_n=256, block_k=128, num_stages=4), TARGETS["l40"])  # 144 KiB of 99
+    assert not fits(
+        Config(block_m=128, block_n=256, block_k=128, num_stages=4), TARGETS["l40"]
+    )  # 144 KiB of 99
 
 
 # whole models
 
 
 @pytest.mark.parametrize("model", ["tiny", "tiny-moe"])
-def test_generate_benchmark_goes_on_from_its_file_and_compares_with_bf16(model, script, tmp_path, capsys):
+def test_generate_benchmark_goes_on_from_its_file_and_compares_with_bf16(
+    model, script, tmp_path, capsys
+):
     benchmark = script("benchmark_generate")
-    options = {"model": model, "batch": "1", "prompt": 8, "steps": 2, "layers": 1, "implementation": "auto"}
+    options = {
+        "model": model,
+        "batch": "1",
+        "prompt": 8,
+        "steps": 2,
+        "layers": 1,
+        "implementation": "auto",
+    }
     options |= {"minutes": 10, "json_file": tmp_path / "g.json"}
     benchmark.main(**options, schemes="fp8_per_tensor")
     assert len(last_json(capsys)["rows"]) == 1
@@ -269,7 +333,12 @@ def test_a_filled_model_is_quantized_where_a_loaded_one_would_be(script):
     config = benchmark.shape_of("tiny", layers=1)
     model = benchmark.filled(config, FP8_PER_BLOCK, benchmark.random_weights())
     (layer,) = model.model.layers
-    linears = (layer.self_attn.qkv_proj, layer.self_attn.o_proj, layer.mlp.gate_up_proj, layer.mlp.down_proj)
+    linears = (
+        layer.self_attn.qkv_proj,
+        layer.self_attn.o_proj,
+        layer.mlp.gate_up_proj,
+        layer.mlp.down_proj,
+    )
     assert all(isinstance(linear.weight, QArray) for linear in linears)
     for plain in (model.lm_head, model.model.embed_tokens, model.model.norm, layer.input_layernorm):
         assert plain.weight.dtype == jnp.bfloat16
@@ -280,7 +349,9 @@ def test_a_step_with_experts_reads_those_it_is_routed_to(script):
     from fp8jax.schemes import FP8_PER_BLOCK
 
     benchmark = script("benchmark_generate")
-    model = benchmark.filled(benchmark.shape_of("tiny-moe", layers=2), FP8_PER_BLOCK, benchmark.random_weights())
+    model = benchmark.filled(
+        benchmark.shape_of("tiny-moe", layers=2), FP8_PER_BLOCK, benchmark.random_weights()
+    )
     codes, scales = (
         4 * 3 * 128 * 256,
         4 * (2 * 2 + 2 * 1) * 4,
@@ -292,9 +363,18 @@ def test_a_step_with_experts_reads_those_it_is_routed_to(script):
     assert benchmark._untouched_expert_bytes(dense, 1) == 0
 
 
-@pytest.mark.parametrize("changes, said", [({"model": "llama"}, "llama-3.1-8b"), ({"schemes": "fp9"}, "fp9")])
+@pytest.mark.parametrize(
+    "changes, said", [({"model": "llama"}, "llama-3.1-8b"), ({"schemes": "fp9"}, "fp9")]
+)
 def test_an_unknown_model_or_scheme_is_said(script, changes, said):
-    options = {"model": "tiny", "schemes": "bf16", "batch": "1", "prompt": 4, "steps": 1, "layers": 1}
+    options = {
+        "model": "tiny",
+        "schemes": "bf16",
+        "batch": "1",
+        "prompt": 4,
+        "steps": 1,
+        "layers": 1,
+    }
     options |= {"implementation": "auto", "minutes": 1, "json_file": None}
     with pytest.raises(SystemExit, match=said):
         script("benchmark_generate").main(**(options | changes))
@@ -304,13 +384,26 @@ def test_an_unknown_model_or_scheme_is_said(script, changes, said):
 
 
 def inspect_options(**changes) -> dict:
-    options = {"device": "h100", "op": "quantize", "model": "llama-3.1-8b", "m": "1", "step": "", "batch": 1}
-    return options | {"scheme": "fp8_per_tensor", "implementation": "auto", "json_file": None} | changes
+    options = {
+        "device": "h100",
+        "op": "quantize",
+        "model": "llama-3.1-8b",
+        "m": "1",
+        "step": "",
+        "batch": 1,
+    }
+    return (
+        options
+        | {"scheme": "fp8_per_tensor", "implementation": "auto", "json_file": None}
+        | changes
+    )
 
 
 def test_inspection_says_what_to_install(script, monkeypatch):
     inspect = script("inspect_kernels")
-    monkeypatch.setattr(inspect, "available", lambda: "no plugin; pip install 'fp8jax[offline-gpu]'")
+    monkeypatch.setattr(
+        inspect, "available", lambda: "no plugin; pip install 'fp8jax[offline-gpu]'"
+    )
     with pytest.raises(SystemExit, match=r"pip install 'fp8jax\[offline-gpu\]'"):
         inspect.main(**inspect_options())
     with pytest.raises(SystemExit, match=r"unknown \['a100'\].*h100"):
@@ -325,16 +418,24 @@ def test_every_op_of_every_model_has_something_to_inspect(script):
             of_experts = op in ("route_experts", "grouped_scaled_matmul")
             assert bool(listed) == (model in EXPERT_SHAPES or not of_experts), (op, model)
             rows = (
-                16 * EXPERT_SHAPES[model]["experts"][1] if op == "silu_mul_quantize" and model in EXPERT_SHAPES else 16
+                16 * EXPERT_SHAPES[model]["experts"][1]
+                if op == "silu_mul_quantize" and model in EXPERT_SHAPES
+                else 16
             )
             assert all(case.arguments["tokens" if of_experts else "m"] == rows for case in listed)
 
 
-@pytest.mark.skipif(offline_compile.available() is not None, reason=f"{offline_compile.available()}")
+@pytest.mark.skipif(
+    offline_compile.available() is not None, reason=f"{offline_compile.available()}"
+)
 def test_inspection_reports_registers_and_instructions_of_kernels(script, tmp_path):
     inspect = script("inspect_kernels")
     path = tmp_path / "i.json"
-    inspect.main(**inspect_options(op="scaled_matmul,silu_mul_quantize,decode_attention,rope_cache", json_file=path))
+    inspect.main(
+        **inspect_options(
+            op="scaled_matmul,silu_mul_quantize,decode_attention,rope_cache", json_file=path
+        )
+    )
     found = json.loads(path.read_text())
     assert found["device"] == TARGETS["h100"].name
     kernels = {row["name"]: row for row in found["kernels"]}
@@ -347,7 +448,9 @@ def test_inspection_reports_registers_and_instructions_of_kernels(script, tmp_pa
 
 def test_launches_are_counted_by_kind(script):
     kind = script("inspect_kernels")._kind
-    assert [kind(name) for name in ("loop_add_fusion_12", "scaled_matmul__1", "scaled_matmul", "kCopy")] == [
+    assert [
+        kind(name) for name in ("loop_add_fusion_12", "scaled_matmul__1", "scaled_matmul", "kCopy")
+    ] == [
         "loop_add_fusion",
         "scaled_matmul",
         "scaled_matmul",

@@ -6,21 +6,30 @@ import re
 import pytest
 from golden_checkpoints import load
 
-from fp8jax.load_report import LoadReport
+from fp8jax.checkpoints.load_report import LoadReport
 
 
 def large(report: LoadReport) -> LoadReport:
-    """The same layers with the bytes of a 141 GB checkpoint, and a path with what rich would take for markup."""
+    """The same layers with the bytes of a 141 GB checkpoint, and a path with what rich would take
+    for markup."""
     layers = tuple(
-        dataclasses.replace(layer, bytes_before=layer.bytes_before * 300_000, bytes_after=layer.bytes_after * 300_000)
+        dataclasses.replace(
+            layer,
+            bytes_before=layer.bytes_before * 300_000,
+            bytes_after=layer.bytes_after * 300_000,
+        )
         for layer in report.layers
     )
     return dataclasses.replace(report, layers=layers, source="/data/[red]models[/red]/" + "x" * 100)
 
 
 @pytest.mark.parametrize("columns", [80, 120, 200])
-@pytest.mark.parametrize("variant, scheme", [("olmoe", "fp8_per_tensor"), ("mixtral", "fp8_per_block")])
-def test_no_line_is_wider_than_the_terminal_and_no_name_is_cut(monkeypatch, variant, scheme, columns):
+@pytest.mark.parametrize(
+    "variant, scheme", [("olmoe", "fp8_per_tensor"), ("mixtral", "fp8_per_block")]
+)
+def test_no_line_is_wider_than_the_terminal_and_no_name_is_cut(
+    monkeypatch, variant, scheme, columns
+):
     monkeypatch.setenv("COLUMNS", str(columns))
     report = large(load(variant, scheme).report)
     table = str(report)

@@ -40,7 +40,9 @@ def reconfigure(folder, **fields):
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("variant", ["llama2", "llama31", "smollm2", "llama_fp16", "llama_fp32_sharded"])
+@pytest.mark.parametrize(
+    "variant", ["llama2", "llama31", "smollm2", "llama_fp16", "llama_fp32_sharded"]
+)
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_fused_layers_are_quantized_as_one_matrix_to_the_bit(variant, scheme):
     tensors = {}
@@ -55,17 +57,22 @@ def test_fused_layers_are_quantized_as_one_matrix_to_the_bit(variant, scheme):
     }
     for name, shards in fused.items():
         q: Any = load(variant, scheme).weight(f"model.layers.1.{name}")
-        codes, scale = oracle(np.concatenate([tensors[f"model.layers.1.{shard}.weight"] for shard in shards]))
+        codes, scale = oracle(
+            np.concatenate([tensors[f"model.layers.1.{shard}.weight"] for shard in shards])
+        )
         np.testing.assert_array_equal(bits(q.qvalue), bits(codes))
         np.testing.assert_array_equal(bits(q.scale), bits(scale))
 
 
 def test_weights_take_at_most_0_51_of_their_bf16_bytes():
-    # At these tiny sizes a block's scale is a larger share than in a real model: 4 bytes for as few as 64 × 64 weights.
+    # At these tiny sizes a block's scale is a larger share than in a real model: 4 bytes for as few
+    # as 64 × 64 weights.
     for scheme in SCHEMES:
         layers = load("llama31", scheme).report.quantized
         assert layers
-        assert sum(layer.bytes_after for layer in layers) <= 0.51 * sum(layer.bytes_before for layer in layers)
+        assert sum(layer.bytes_after for layer in layers) <= 0.51 * sum(
+            layer.bytes_before for layer in layers
+        )
 
 
 @pytest.mark.parametrize("scheme", [None, *SCHEMES])
@@ -79,7 +86,12 @@ def test_overwriting_the_file_afterwards_changes_nothing(folder, scheme, dtype):
     content = bytearray((folder / FILE).read_bytes())
     length = int.from_bytes(content[:8], "little")
     pad = -(8 + length) % 64
-    aligned = (length + pad).to_bytes(8, "little") + content[8 : 8 + length] + b" " * pad + content[8 + length :]
+    aligned = (
+        (length + pad).to_bytes(8, "little")
+        + content[8 : 8 + length]
+        + b" " * pad
+        + content[8 + length :]
+    )
     (folder / FILE).write_bytes(aligned)
 
     lm = fp8jax.load_quantized(folder, scheme, dtype=dtype)
@@ -131,7 +143,9 @@ def test_nan_and_inf_are_gathered_with_the_first_index_of_each(folder, scheme):
         ("model.norm.weight", "nan", "[9]"),
         ("model.embed_tokens.weight", "inf", "[2, 1]"),
     ):
-        assert any(name in fault and what in fault and index in fault for fault in error.value.faults)
+        assert any(
+            name in fault and what in fault and index in fault for fault in error.value.faults
+        )
     assert len(error.value.faults) == 4
 
 
@@ -187,19 +201,31 @@ def test_configurations_as_the_reference_documents_them(scheme, config, kinds):
 def test_the_report_and_the_log_tell_what_was_done(caplog):
     with caplog.at_level(logging.INFO, logger="fp8jax"):
         lm = fp8jax.load_quantized(
-            GOLDENS / "llama2", "fp8_per_tensor", quantization_config={"ignore": ["model.layers.0.mlp.down_proj"]}
+            GOLDENS / "llama2",
+            "fp8_per_tensor",
+            quantization_config={"ignore": ["model.layers.0.mlp.down_proj"]},
         )
     assert (
-        "Quantizing 7 layers of types: mlp.down_proj: 1 (from linear: fp8_per_tensor); mlp.gate_up_proj: 2"
-        in caplog.text
+        "Quantizing 7 layers of types: mlp.down_proj: 1 (from linear: fp8_per_tensor); "
+        "mlp.gate_up_proj: 2" in caplog.text
     )
     assert "1 ignored" in caplog.text
     assert "Online quantization as part of model loading took" in caplog.text
     table = str(lm.report)
-    for part in ("mlp.gate_up_proj", "fp8_per_tensor", "tensor", "token", "ignored", "the rest", "MiB"):
+    for part in (
+        "mlp.gate_up_proj",
+        "fp8_per_tensor",
+        "tensor",
+        "token",
+        "ignored",
+        "the rest",
+        "MiB",
+    ):
         assert part in table
     errors = [layer.relative_error for layer in lm.report.quantized]
-    assert all(error is not None and 0.01 < error < 0.04 for error in errors)  # e4m3 rounds Gaussians by 2.6 %
+    assert all(
+        error is not None and 0.01 < error < 0.04 for error in errors
+    )  # e4m3 rounds Gaussians by 2.6 %
     assert json.loads(json.dumps(lm.report.to_dict()))["bytes_after"] == lm.report.bytes_after
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(lm.model))
     assert lm.report.bytes_after == held
@@ -213,7 +239,9 @@ def test_tied_embeddings_are_held_once_and_a_head_of_its_own_is_used(tmp_path):
     lm = fp8jax.load_quantized(folder, None, dtype="float32")
     assert lm.model.lm_head is None
     np.testing.assert_array_equal(lm.logits(ids), tied)
-    rewrite(folder, lambda t: t.update({"lm_head.weight": t["lm_head.weight"] * ml_dtypes.bfloat16(2)}))
+    rewrite(
+        folder, lambda t: t.update({"lm_head.weight": t["lm_head.weight"] * ml_dtypes.bfloat16(2)})
+    )
     lm = fp8jax.load_quantized(folder, None, dtype="float32")
     np.testing.assert_array_equal(lm.logits(ids), 2 * tied)  # doubling is exact
 
@@ -226,7 +254,9 @@ def test_both_spellings_of_config_json_give_the_same_logits(folder):
     rope = config.pop("rope_parameters")
     config |= {"rope_theta": rope["rope_theta"], "rope_scaling": None, "torch_dtype": "bfloat16"}
     (folder / "config.json").write_text(json.dumps(config))
-    np.testing.assert_array_equal(fp8jax.load_quantized(folder, None, dtype="float32").logits(ids), expected)
+    np.testing.assert_array_equal(
+        fp8jax.load_quantized(folder, None, dtype="float32").logits(ids), expected
+    )
 
 
 @pytest.mark.parametrize(
@@ -253,7 +283,8 @@ def test_a_config_that_is_not_understood_is_an_error_that_names_the_field(folder
 
 
 @pytest.mark.parametrize(
-    "fields", [{"unsloth_version": "2026.1"}, {"use_cache": False}, {"pretraining_tp": 2}, {"new": None}]
+    "fields",
+    [{"unsloth_version": "2026.1"}, {"use_cache": False}, {"pretraining_tp": 2}, {"new": None}],
 )
 def test_a_field_that_changes_nothing_is_no_error(folder, fields):
     reconfigure(folder, **fields)
@@ -264,7 +295,9 @@ def test_a_field_that_changes_nothing_is_no_error(folder, fields):
 
 def test_what_is_to_be_known_about_a_config_is_warned_of_once_and_stays_in_the_report(folder):
     reconfigure(folder, partial_rotary_factor=0.5)
-    with pytest.warns(UserWarning, match=r"config\.json of .*partial_rotary_factor 0\.5 is ignored") as caught:
+    with pytest.warns(
+        UserWarning, match=r"config\.json of .*partial_rotary_factor 0\.5 is ignored"
+    ) as caught:
         lm = fp8jax.load_quantized(folder, None, dtype="float32")
     assert [str(warning.message) for warning in caught] == list(lm.report.warnings)
     ids = golden("llama2")["token_ids"]
@@ -275,7 +308,9 @@ def test_what_is_to_be_known_about_a_config_is_warned_of_once_and_stays_in_the_r
 
 def test_a_layer_too_few_in_config_json_is_noticed(folder):
     reconfigure(folder, num_hidden_layers=1)
-    with pytest.raises(CheckpointError, match=r"model\.layers\.1\..*no weight of this architecture"):
+    with pytest.raises(
+        CheckpointError, match=r"model\.layers\.1\..*no weight of this architecture"
+    ):
         fp8jax.load_quantized(folder, None)
 
 
@@ -293,7 +328,10 @@ def test_a_layer_too_few_in_config_json_is_noticed(folder):
         ({"progress": ["on"]}, "progress is"),
         ({"scheme": ["fp8_per_block"]}, "scheme is"),
         ({"scheme": 8}, "scheme is 8; give the name of one"),
-        ({"quantization_config": "fp8_per_block"}, "quantization_config is 'fp8_per_block'; give a dict"),
+        (
+            {"quantization_config": "fp8_per_block"},
+            "quantization_config is 'fp8_per_block'; give a dict",
+        ),
         ({"quantization_config": [("ignore", [])]}, "quantization_config is"),
         ({"revision": 3}, "revision is 3"),
         ({"revision": b"main"}, "revision is b'main'"),
@@ -305,7 +343,9 @@ def test_a_layer_too_few_in_config_json_is_noticed(folder):
         ({"scheme": "fp8"}, "fp8_per_tensor, fp8_per_block, online"),
     ],
 )
-def test_wrong_arguments_list_the_right_ones_before_any_file_is_opened(arguments, message, monkeypatch):
+def test_wrong_arguments_list_the_right_ones_before_any_file_is_opened(
+    arguments, message, monkeypatch
+):
     monkeypatch.setattr(fp8jax.Checkpoint, "open", None)
     with pytest.raises(ValueError, match=message):
         fp8jax.load_quantized(**{"repo": GOLDENS / "llama2"} | arguments)
@@ -340,7 +380,10 @@ def test_a_dtype_may_be_a_name_a_short_name_or_a_dtype(folder, dtype, expected):
 )
 def test_auto_is_the_dtype_that_the_checkpoint_names_or_has(folder, fields, stored, expected):
     reconfigure(folder, **fields)
-    rewrite(folder, lambda tensors: tensors.update({name: x.astype(stored) for name, x in tensors.items()}))
+    rewrite(
+        folder,
+        lambda tensors: tensors.update({name: x.astype(stored) for name, x in tensors.items()}),
+    )
     lm = fp8jax.load_quantized(folder, None, dtype="auto")
     table: Any = lm.weight("model.embed_tokens")
     assert (lm.model.config.dtype, table.dtype) == (expected, expected)
@@ -352,14 +395,18 @@ def test_auto_under_a_dtype_that_is_none_of_ours_says_where_it_stands(folder):
         fp8jax.load_quantized(folder, None, dtype="auto")
 
 
-@pytest.mark.parametrize(("progress", "shown"), [(True, True), ("on", True), (False, False), ("off", False)])
+@pytest.mark.parametrize(
+    ("progress", "shown"), [(True, True), ("on", True), (False, False), ("off", False)]
+)
 def test_progress_is_on_or_off(folder, progress, shown, capsys):
     fp8jax.load_quantized(folder, None, progress=progress)
     assert ("loading" in capsys.readouterr().err) is shown
 
 
 def test_an_already_quantized_checkpoint_is_refused(folder):
-    reconfigure(folder, quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]})
+    reconfigure(
+        folder, quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]}
+    )
     with pytest.raises(CheckpointError, match="already quantized.*fp8"):
         fp8jax.load_quantized(folder, "fp8_per_block")
 

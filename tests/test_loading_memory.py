@@ -1,4 +1,5 @@
-"""Loading holds the finished layers and two pieces, never the BF16 model nor a layer of it: watched from outside, on 0.9 GB."""
+"""Loading holds the finished layers and two pieces, never the BF16 model nor a layer of it: watched
+from outside, on 0.9 GB."""
 
 import json
 import sys
@@ -21,7 +22,8 @@ LARGEST_LAYER = 2 * INTERMEDIATE * HIDDEN  # gate_up, in elements
 
 @pytest.fixture(scope="module", params=LAYERS)
 def big_checkpoint(tmp_path_factory, request):
-    """0.9 GB of weights in few large layers, whose data begins at an odd byte as in many real files."""
+    """0.9 GB of weights in few large layers, whose data begins at an odd byte as in many real
+    files."""
     dtype, layers = request.param, LAYERS[request.param]
     folder = tmp_path_factory.mktemp("big")
     config = {
@@ -55,9 +57,13 @@ def big_checkpoint(tmp_path_factory, request):
     for i in range(layers):
         layer = f"model.layers.{i}."
         tensors = {f"{layer}self_attn.{x}_proj.weight": weight(HIDDEN, HIDDEN) for x in "qkvo"}
-        tensors |= {f"{layer}mlp.{x}_proj.weight": weight(INTERMEDIATE, HIDDEN) for x in ("gate", "up")}
+        tensors |= {
+            f"{layer}mlp.{x}_proj.weight": weight(INTERMEDIATE, HIDDEN) for x in ("gate", "up")
+        }
         tensors |= {f"{layer}mlp.down_proj.weight": weight(HIDDEN, INTERMEDIATE)}
-        tensors |= {f"{layer}{x}_layernorm.weight": weight(HIDDEN) for x in ("input", "post_attention")}
+        tensors |= {
+            f"{layer}{x}_layernorm.weight": weight(HIDDEN) for x in ("input", "post_attention")
+        }
         save(f"layer{i}.safetensors", tensors)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     assert 0.85e9 < sum(file.stat().st_size for file in folder.iterdir()) < 1e9
@@ -70,12 +76,16 @@ def misalign(file):
     length = int.from_bytes(content[:8], "little")
     pad = 1 if length % 2 == 0 else 2
     file.write_bytes(
-        (length + pad).to_bytes(8, "little") + content[8 : 8 + length] + b" " * pad + content[8 + length :]
+        (length + pad).to_bytes(8, "little")
+        + content[8 : 8 + length]
+        + b" " * pad
+        + content[8 + length :]
     )
 
 
 def bound(held):
-    """The quantized model and 240 MB: 124 to 206 are seen, most of it compiled code and what is allocated with it.
+    """The quantized model and 240 MB: 124 to 206 are seen, most of it compiled code and what is
+    allocated with it.
 
     A layer read at once does not fit: gate_up has 268 MB in BF16 and 537 MB in FP32.
     """
@@ -86,13 +96,20 @@ def bound(held):
 @pytest.mark.parametrize("scheme", ["fp8_per_tensor", "fp8_per_block"])
 def test_peak_private_memory_is_the_result_and_two_pieces(big_checkpoint, scheme):
     probe = watch_loading(big_checkpoint, scheme)
-    print(f"{scheme}: peak {probe.above_idle / MB:.0f} MB above idle, bound {bound(probe.held) / MB:.0f}, {probe.held}")
+    print(
+        f"{scheme}: peak {probe.above_idle / MB:.0f} MB above idle, bound "
+        f"{bound(probe.held) / MB:.0f}, {probe.held}"
+    )
     assert probe.above_idle <= bound(probe.held)
 
 
 @pytest.mark.parametrize("mode", ["whole", "keep"])
 def test_a_layer_at_once_or_a_copy_of_the_model_would_be_seen(big_checkpoint, mode):
-    """The negative controls: the same bound does not hold where layers are not cut, or where BF16 copies are kept."""
+    """The negative controls: the same bound does not hold where layers are not cut, or where BF16
+    copies are kept."""
     probe = watch_loading(big_checkpoint, "fp8_per_tensor", mode=mode)
-    print(f"{mode}: peak {probe.above_idle / MB:.0f} MB above idle, bound {bound(probe.held) / MB:.0f}, {probe.held}")
+    print(
+        f"{mode}: peak {probe.above_idle / MB:.0f} MB above idle, bound "
+        f"{bound(probe.held) / MB:.0f}, {probe.held}"
+    )
     assert probe.above_idle > bound(probe.held)

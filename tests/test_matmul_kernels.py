@@ -1,9 +1,9 @@
-"""The FP8 matmul kernels in interpret mode: they compute what NumPy computes in float64, for every shape, tile
-and layout.
+"""The FP8 matmul kernels in interpret mode: they compute what NumPy computes in float64, for every
+shape, tile and layout.
 
-Expected values come from NumPy on the dequantized operands, not from the references beside the kernels; those
-are tested against the same values here. `calc_diff` = 1 - 2 Σxy / Σ(x² + y²) is the measure that DeepGEMM and
-its users quote.
+Expected values come from NumPy on the dequantized operands, not from the references beside the
+kernels; those are tested against the same values here. `calc_diff` = 1 - 2 Σxy / Σ(x² + y²) is the
+measure that DeepGEMM and its users quote.
 """
 
 import functools
@@ -15,14 +15,18 @@ import numpy as np
 import pytest
 
 from fp8jax.pallas_kernels import block_scaled_matmul, matmul_config, matmul_tiles, scaled_matmul
-from fp8jax.pallas_kernels.block_scaled_matmul import block_scaled_matmul_reference, block_scaled_matmul_triton
+from fp8jax.pallas_kernels.block_scaled_matmul import (
+    block_scaled_matmul_reference,
+    block_scaled_matmul_triton,
+)
 from fp8jax.pallas_kernels.matmul_config import Config
 from fp8jax.pallas_kernels.scaled_matmul import scaled_matmul_reference, scaled_matmul_triton
 
 E4M3 = ml_dtypes.float8_e4m3fn
 BLOCK = 128
 
-# The smallest sizes that are not a tile, one past a tile, k with a short last group, k that is no multiple of 16.
+# The smallest sizes that are not a tile, one past a tile, k with a short last group, k that is no
+# multiple of 16.
 SHAPES = [(1, 64, 128), (17, 96, 160), (3, 130, 400), (70, 65, 33)]
 CONFIGS = {
     "prefill": Config(block_m=64, block_n=64, block_k=128, group_m=1),
@@ -61,7 +65,10 @@ def block_scaled_problem(seed: int, m: int, n: int, k: int) -> tuple[list[np.nda
     x_scale = rng.uniform(0.5, 2, (m, groups)).astype(np.float32)
     w_scale = rng.uniform(0.5, 2, (blocks, groups)).astype(np.float32)
     x_wide = x.astype(np.float64) * x_scale[:, np.arange(k) // BLOCK]
-    w_wide = w.astype(np.float64) * w_scale[np.arange(n)[:, None] // BLOCK, np.arange(k)[None, :] // BLOCK]
+    w_wide = (
+        w.astype(np.float64)
+        * w_scale[np.arange(n)[:, None] // BLOCK, np.arange(k)[None, :] // BLOCK]
+    )
     return [x, x_scale, w, w_scale], x_wide @ w_wide.T
 
 
@@ -70,7 +77,9 @@ def scaled(operands, **options) -> np.ndarray:
 
 
 def block_scaled(operands, **options) -> np.ndarray:
-    return np.asarray(block_scaled_matmul_triton(*map(jnp.asarray, operands), interpret=True, **options))
+    return np.asarray(
+        block_scaled_matmul_triton(*map(jnp.asarray, operands), interpret=True, **options)
+    )
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
@@ -105,13 +114,16 @@ def test_the_references_are_the_float64_product_too(shape):
 def test_every_promotion_adds_up_all_of_k(promotion):
     operands, expected = scaled_problem(2, 5, 40, 700)
     config = Config(block_m=16, block_n=32, block_k=256, promotion=promotion, split_k=2)
-    assert calc_diff(scaled(operands, config=config, out_dtype=jnp.float32), expected) < 1e-10  # float32 rounding
+    assert (
+        calc_diff(scaled(operands, config=config, out_dtype=jnp.float32), expected) < 1e-10
+    )  # float32 rounding
 
 
 def test_one_scale_an_output_channel_and_one_scale_for_all_rows():
     operands, expected = scaled_problem(3, 20, 70, 130, per_channel=True)
     assert (
-        calc_diff(scaled(operands, config=CONFIGS["swapped"], out_dtype=jnp.float32), expected) < 1e-10
+        calc_diff(scaled(operands, config=CONFIGS["swapped"], out_dtype=jnp.float32), expected)
+        < 1e-10
     )  # float32 rounding
     x, x_scale, w, w_scale = operands
     one = np.asarray([0.75], np.float32)
@@ -124,19 +136,25 @@ def test_without_a_config_the_default_runs(m):
     operands, expected = scaled_problem(16, m, 200, 1100)
     assert calc_diff(scaled(operands, out_dtype=jnp.float32), expected) < 1e-10  # float32 rounding
     operands, expected = block_scaled_problem(16, m, 200, 1100)
-    assert calc_diff(block_scaled(operands, out_dtype=jnp.float32), expected) < 1e-10  # float32 rounding
+    assert (
+        calc_diff(block_scaled(operands, out_dtype=jnp.float32), expected) < 1e-10
+    )  # float32 rounding
 
 
 def test_activation_scales_may_come_transposed():
     operands, _ = block_scaled_problem(4, 9, 140, 300)
     x, x_scale, w, w_scale = operands
     plain = block_scaled(operands, config=CONFIGS["swapped"])
-    transposed = block_scaled([x, x_scale.T.copy(), w, w_scale], config=CONFIGS["swapped"], x_scale_layout="gm")
+    transposed = block_scaled(
+        [x, x_scale.T.copy(), w, w_scale], config=CONFIGS["swapped"], x_scale_layout="gm"
+    )
     np.testing.assert_array_equal(plain, transposed)
 
 
 @pytest.mark.parametrize(
-    "run, problem", [(scaled, scaled_problem), (block_scaled, block_scaled_problem)], ids=["scaled", "block"]
+    "run, problem",
+    [(scaled, scaled_problem), (block_scaled, block_scaled_problem)],
+    ids=["scaled", "block"],
 )
 @pytest.mark.parametrize("split_k", [1, 2])
 def test_bias_is_added_once_before_the_cast(run, problem, split_k):
@@ -144,7 +162,9 @@ def test_bias_is_added_once_before_the_cast(run, problem, split_k):
     bias = np.random.default_rng(5).normal(scale=1e5, size=70).astype(np.float32)
     config = Config(block_m=16, block_n=64, block_k=128, split_k=split_k)
     out = run(operands, config=config, bias=jnp.asarray(bias), out_dtype=jnp.float32)
-    assert calc_diff(out - bias, product) < 1e-7  # float32 rounding of sums that the bias has made ten times larger
+    assert (
+        calc_diff(out - bias, product) < 1e-7
+    )  # float32 rounding of sums that the bias has made ten times larger
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
@@ -157,7 +177,9 @@ def test_narrow_outputs_are_the_float32_result_rounded_once(dtype):
         np.testing.assert_array_equal(narrow, wide.astype(dtype))
 
 
-@pytest.mark.parametrize("config", [CONFIGS["prefill"], CONFIGS["swapped, split"]], ids=["prefill", "swapped, split"])
+@pytest.mark.parametrize(
+    "config", [CONFIGS["prefill"], CONFIGS["swapped, split"]], ids=["prefill", "swapped, split"]
+)
 def test_a_row_does_not_depend_on_the_other_rows(config):
     for run, problem in ((scaled, scaled_problem), (block_scaled, block_scaled_problem)):
         operands, _ = problem(7, 20, 70, 300)
@@ -173,7 +195,8 @@ def test_a_row_does_not_depend_on_the_other_rows(config):
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 @pytest.mark.parametrize("op", ["scaled", "block_scaled"])
 def test_margins_are_neither_read_nor_written_and_everything_inside_is_written(op, config):
-    """Interpret mode drops stores outside an array, so the arrays are larger than the problem, with NaN in the margins."""
+    """Interpret mode drops stores outside an array, so the arrays are larger than the problem, with
+    NaN in the margins."""
     from jax.experimental import pallas as pl
 
     m, n, k = 19, 70, 300
@@ -212,7 +235,8 @@ def test_margins_are_neither_read_nor_written_and_everything_inside_is_written(o
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 def test_no_row_beyond_the_end_of_an_operand_is_addressed(config, monkeypatch):
-    """What such a row gives is never stored, so reading it would not show above: here it poisons the whole tile."""
+    """What such a row gives is never stored, so reading it would not show above: here it poisons
+    the whole tile."""
     load = matmul_tiles.load_operand
 
     def load_or_poison(ref, rows, *where):
@@ -227,7 +251,12 @@ def test_no_row_beyond_the_end_of_an_operand_is_addressed(config, monkeypatch):
     x, x_scale, w, w_scale = map(jnp.asarray, operands)
     # Not through the jitted function, which may have been traced with the loads of before.
     out = matmul_tiles.launch(
-        kernel, problem, [x, x_scale[:, 0], w, w_scale], out_dtype=jnp.float32, name="scaled_matmul", interpret=True
+        kernel,
+        problem,
+        [x, x_scale[:, 0], w, w_scale],
+        out_dtype=jnp.float32,
+        name="scaled_matmul",
+        interpret=True,
     )
     assert calc_diff(np.asarray(out).sum(0), expected) < 1e-10  # float32 rounding
 
@@ -275,7 +304,9 @@ def test_default_configs_fit_the_kernels(device_kind, m):
             if "L40" in device_kind:
                 assert (config.num_stages - 1) * operands <= 101376  # shared memory of an Ada block
             else:
-                assert config.num_stages * operands + 1024 <= 232448  # of a Hopper or Blackwell block
+                assert (
+                    config.num_stages * operands + 1024 <= 232448
+                )  # of a Hopper or Blackwell block
                 if config.swap_operands:
                     assert config.block_n >= 64  # wgmma wants 64 rows on the left
                 else:
@@ -289,19 +320,19 @@ def test_default_configs_fit_the_kernels(device_kind, m):
 
 def test_a_device_without_fp8_tensor_cores_is_refused_before_tracing():
     for name in ("NVIDIA A100-SXM4-40GB", "Tesla T4", "AMD Instinct MI300X"):
-        assert "FP8" in (scaled_matmul.supported(name, 16, 4096, 4096) or "")
+        assert "FP8" in (scaled_matmul.why_not(name, 16, 4096, 4096) or "")
         with pytest.raises(ValueError, match="known are"):
             scaled_matmul.default_config(name, 16, 4096, 4096)
-    assert scaled_matmul.supported("NVIDIA L40S", 16, 4096, 4096) is None
+    assert scaled_matmul.why_not("NVIDIA L40S", 16, 4096, 4096) is None
 
 
 def test_arrays_whose_offsets_would_overflow_are_refused():
     for m, n, k, named in ((1, 32 * 28672, 4096, "w"), (2**20, 64, 4096, "x")):
-        reason = block_scaled_matmul.supported("NVIDIA H100 80GB HBM3", m, n, k) or ""
+        reason = block_scaled_matmul.why_not("NVIDIA H100 80GB HBM3", m, n, k) or ""
         assert reason.startswith(named)
         assert "4 GiB" in reason
     two_gib = 2**19, 4096  # the last offset still fits
-    assert scaled_matmul.supported("NVIDIA H100 80GB HBM3", 1, *two_gib) is None
+    assert scaled_matmul.why_not("NVIDIA H100 80GB HBM3", 1, *two_gib) is None
 
 
 def test_without_a_gpu_the_kernel_says_so():
@@ -346,10 +377,16 @@ def test_configs_that_cannot_work_are_named():
 def test_scaled_matmul_on_a_gpu(m, precise):
     n, k = 4096 + 72, 4096 + 16
     operands, expected = scaled_problem(m, m, n, k)
-    config = matmul_config.default_scaled_config(jax.devices()[0].device_kind, m, n, k, precise=precise)
-    run = functools.partial(scaled_matmul_triton, *map(jnp.asarray, operands), config=config, out_dtype=jnp.float32)
+    config = matmul_config.default_scaled_config(
+        jax.devices()[0].device_kind, m, n, k, precise=precise
+    )
+    run = functools.partial(
+        scaled_matmul_triton, *map(jnp.asarray, operands), config=config, out_dtype=jnp.float32
+    )
     out = np.asarray(run())
-    bound = 1e-5 if precise else 1e-4  # a simulated 13-bit accumulator gives 7e-9 and 5e-6 at this k
+    bound = (
+        1e-5 if precise else 1e-4
+    )  # a simulated 13-bit accumulator gives 7e-9 and 5e-6 at this k
     assert calc_diff(out, expected) <= bound
     for _ in range(5):
         np.testing.assert_array_equal(np.asarray(run()), out)
@@ -361,9 +398,14 @@ def test_block_scaled_matmul_on_a_gpu(m):
     operands, expected = block_scaled_problem(m, m, 4096 + 72, 4096 + 16)
     operands[1] = operands[1].T.copy()
     run = functools.partial(
-        block_scaled_matmul_triton, *map(jnp.asarray, operands), x_scale_layout="gm", out_dtype=jnp.float32
+        block_scaled_matmul_triton,
+        *map(jnp.asarray, operands),
+        x_scale_layout="gm",
+        out_dtype=jnp.float32,
     )
     out = np.asarray(run())
-    assert calc_diff(out, expected) <= 1e-5  # groups are promoted: a simulated 13-bit accumulator gives 7e-9
+    assert (
+        calc_diff(out, expected) <= 1e-5
+    )  # groups are promoted: a simulated 13-bit accumulator gives 7e-9
     for _ in range(5):
         np.testing.assert_array_equal(np.asarray(run()), out)

@@ -1,4 +1,5 @@
-"""A loaded model as data: pickled, copied, its leaves named, and through Orbax's own checkpointers, bit for bit."""
+"""A loaded model as data: pickled, copied, its leaves named, and through Orbax's own checkpointers,
+bit for bit."""
 
 import copy
 import dataclasses
@@ -52,13 +53,20 @@ def test_a_model_is_pickled_before_and_after_its_first_call(tmp_path):
     (tmp_path / "lm.pickle").write_bytes(pickle.dumps(lm))
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", UNPICKLE, str(tmp_path / "lm.pickle")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
-    assert done.stdout.splitlines() == [str(expected[0].logprobs), "['float32', 'float8_e4m3fn']"], done.stderr
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.stdout.splitlines() == [
+        str(expected[0].logprobs),
+        "['float32', 'float8_e4m3fn']",
+    ], done.stderr
 
 
 def test_leaves_are_named_as_in_the_checkpoint():
     lm = load("smollm2", "fp8_per_block")
-    names = {jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(lm.model)[0]}
+    names = {
+        jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(lm.model)[0]
+    }
     assert {
         ".model.embed_tokens.weight",
         ".model.layers[1].input_layernorm.weight",
@@ -72,7 +80,9 @@ def twelve_layers(_):
     """More than ten layers, whose leaves are all different: as words "10" would come before "2"."""
     model = CausalLM(dataclasses.replace(load("smollm2").model.config, num_layers=12))
     leaves, structure = jax.tree.flatten(model)
-    return jax.tree.unflatten(structure, [jnp.full(leaf.shape, i, leaf.dtype) for i, leaf in enumerate(leaves)])
+    return jax.tree.unflatten(
+        structure, [jnp.full(leaf.shape, i, leaf.dtype) for i, leaf in enumerate(leaves)]
+    )
 
 
 TREES = {
@@ -93,14 +103,20 @@ def test_a_state_goes_back_into_a_model():
 
 @pytest.mark.parametrize("tree", TREES)
 @pytest.mark.parametrize("checkpointer", ["PyTreeCheckpointer", "StandardCheckpointer"])
-@pytest.mark.parametrize("variant, scheme", [("smollm2", "fp8_per_block"), ("olmoe", "fp8_per_tensor")])
-def test_orbax_saves_and_restores_fp8_leaves_bit_for_bit(tmp_path, variant, scheme, checkpointer, tree):
+@pytest.mark.parametrize(
+    "variant, scheme", [("smollm2", "fp8_per_block"), ("olmoe", "fp8_per_tensor")]
+)
+def test_orbax_saves_and_restores_fp8_leaves_bit_for_bit(
+    tmp_path, variant, scheme, checkpointer, tree
+):
     import orbax.checkpoint as ocp
 
     expected = TREES[tree](load(variant, scheme))
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), expected)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Orbax warns of sharding that is not given and of its own older names
+        warnings.simplefilter(
+            "ignore"
+        )  # Orbax warns of sharding that is not given and of its own older names
         if checkpointer == "PyTreeCheckpointer":
             with ocp.PyTreeCheckpointer() as saver:
                 saver.save(tmp_path / "saved", expected)

@@ -1,4 +1,5 @@
-"""Routing, sorting, tiles and products of a mixture of experts, on shapes where they could go wrong."""
+"""Routing, sorting, tiles and products of a mixture of experts, on shapes where they could go
+wrong."""
 
 import functools
 
@@ -9,8 +10,8 @@ import pytest
 from flax import nnx
 
 import fp8jax
-from fp8jax import ops
-from fp8jax.moe import Experts, MoEConfig, route, sort_by_expert
+from fp8jax.models.moe import Experts, MoEConfig, route, sort_by_expert
+from fp8jax.ops import matmul as ops
 from fp8jax.pallas_kernels.grouped_matmul import tile_list, tiles_needed
 from fp8jax.schemes import FP8_PER_TENSOR_WHOLE_BATCH
 
@@ -37,7 +38,8 @@ def close(found, expected, tolerance: float) -> bool:
     return bool(np.linalg.norm(found - expected) <= tolerance * np.linalg.norm(expected))
 
 
-# --- the router ----------------------------------------------------------------------------------------------------------
+# --- the router
+# ----------------------------------------------------------------------------------------------------------
 
 
 def softmax(x: np.ndarray) -> np.ndarray:
@@ -59,13 +61,17 @@ def test_weights_of_the_chosen_experts(softmax_over, renormalise):
     experts, weights = route(jnp.asarray(logits), config)
     order = np.argsort(-logits, axis=-1)[:, :3]
     np.testing.assert_array_equal(experts, order)
-    chosen = np.take_along_axis(logits if softmax_over == "chosen" else softmax(logits.astype(np.float64)), order, -1)
+    chosen = np.take_along_axis(
+        logits if softmax_over == "chosen" else softmax(logits.astype(np.float64)), order, -1
+    )
     expected = softmax(chosen) if softmax_over == "chosen" else chosen
     if renormalise == "yes":
         expected = expected / expected.sum(-1, keepdims=True)
     np.testing.assert_allclose(weights, expected, rtol=1e-6)  # a few float32 roundings
     if (softmax_over, renormalise) == ("all", "no"):
-        assert float(np.max(np.sum(weights, -1))) < 0.99  # else the case would not tell the routers apart
+        assert (
+            float(np.max(np.sum(weights, -1))) < 0.99
+        )  # else the case would not tell the routers apart
 
 
 def test_of_equal_logits_the_lower_expert_is_taken():
@@ -77,7 +83,9 @@ def test_of_equal_logits_the_lower_expert_is_taken():
 def test_weights_are_rounded_to_the_activations_dtype_if_the_family_says_so(weight_dtype):
     config = moe_config(6, 3, weight_dtype=weight_dtype)
     # Under jit: there XLA is free to leave out a cast to bfloat16 and back.
-    _, weights = jax.jit(functools.partial(route, config=config))(jnp.asarray(normal(1, 40, 6), jnp.bfloat16))
+    _, weights = jax.jit(functools.partial(route, config=config))(
+        jnp.asarray(normal(1, 40, 6), jnp.bfloat16)
+    )
     assert weights.dtype == jnp.float32
     fits = np.asarray(weights) == np.asarray(weights.astype(jnp.bfloat16).astype(jnp.float32))
     assert fits.all() == (weight_dtype == "activation")
@@ -88,21 +96,28 @@ def test_more_choices_than_experts_are_refused():
         moe_config(4, 5)
 
 
-# --- slots and tiles -----------------------------------------------------------------------------------------------------
+# --- slots and tiles
+# -----------------------------------------------------------------------------------------------------
 
 
 def test_pairs_are_sorted_by_expert_and_stay_in_order_within_one():
     weights = jnp.asarray([[0.5, 0.1], [0.2, 0.3], [0.6, 0.4]], jnp.float32)
     slots = sort_by_expert(jnp.asarray([[2, 0], [0, 1], [2, 0]], jnp.int32), weights, 4)
     np.testing.assert_array_equal(slots.row, [0, 1, 2, 1, 0, 2])
-    np.testing.assert_array_equal(slots.out_row, [3 + 0, 1, 3 + 2, 3 + 1, 0, 2])  # choice · 3 tokens + token
-    np.testing.assert_array_equal(slots.weight, np.asarray([0.1, 0.2, 0.4, 0.3, 0.5, 0.6], np.float32))
+    np.testing.assert_array_equal(
+        slots.out_row, [3 + 0, 1, 3 + 2, 3 + 1, 0, 2]
+    )  # choice Â· 3 tokens + token
+    np.testing.assert_array_equal(
+        slots.weight, np.asarray([0.1, 0.2, 0.4, 0.3, 0.5, 0.6], np.float32)
+    )
     np.testing.assert_array_equal(slots.sizes, [3, 1, 2, 0])
 
 
 def test_padding_is_sorted_behind_everything_and_belongs_to_no_expert():
     valid = jnp.asarray([True, False, True])
-    slots = sort_by_expert(jnp.asarray([[1, 0], [0, 1], [1, 0]], jnp.int32), jnp.ones((3, 2), jnp.float32), 2, valid)
+    slots = sort_by_expert(
+        jnp.asarray([[1, 0], [0, 1], [1, 0]], jnp.int32), jnp.ones((3, 2), jnp.float32), 2, valid
+    )
     np.testing.assert_array_equal(slots.sizes, [2, 2])
     np.testing.assert_array_equal(slots.row, [0, 2, 0, 2, 1, 1])
 
@@ -130,10 +145,13 @@ def test_tiles_cover_every_slot_once_and_no_empty_expert(sizes, block_m):
     count = int(tiles.count)
     found = list(zip(*(np.asarray(field)[:count].tolist() for field in tiles[:3]), strict=True))
     assert found == expected
-    assert np.asarray(tiles.start[count:]).tolist() == np.asarray(tiles.end[count:]).tolist()  # the rest is empty
+    assert (
+        np.asarray(tiles.start[count:]).tolist() == np.asarray(tiles.end[count:]).tolist()
+    )  # the rest is empty
 
 
-# --- grouped products ----------------------------------------------------------------------------------------------------
+# --- grouped products
+# ----------------------------------------------------------------------------------------------------
 
 SHAPES = [  # sizes, n, k: what e experts get, with padding behind it; i = 192 and h = 576 are no multiples of 128
     ([3, 0, 6, 1], 2 * 192, 576),
@@ -142,12 +160,16 @@ SHAPES = [  # sizes, n, k: what e experts get, with padding behind it; i = 192 a
 ]
 
 
-def in_a_loop(x: np.ndarray, w: np.ndarray, sizes: list[int], rows: np.ndarray, row_weight: np.ndarray) -> np.ndarray:
+def in_a_loop(
+    x: np.ndarray, w: np.ndarray, sizes: list[int], rows: np.ndarray, row_weight: np.ndarray
+) -> np.ndarray:
     """The same slot by slot in float64."""
     out = np.zeros((len(rows), w.shape[1]))
     experts = np.repeat(np.arange(len(sizes)), sizes)
     for slot, expert in enumerate(experts):
-        out[slot] = w[expert].astype(np.float64) @ x[rows[slot]].astype(np.float64) * row_weight[slot]
+        out[slot] = (
+            w[expert].astype(np.float64) @ x[rows[slot]].astype(np.float64) * row_weight[slot]
+        )
     return out
 
 
@@ -163,9 +185,15 @@ def test_unquantized_rows_meet_their_own_expert(sizes, n, k):
     x, w = normal(0, 5, k), normal(1, len(sizes), n, k)
     rows, row_weight = slots_for(sizes, 5)
     out = ops.grouped_matmul(
-        jnp.asarray(x), jnp.asarray(w), jnp.asarray(sizes), rows=jnp.asarray(rows), row_weight=jnp.asarray(row_weight)
+        jnp.asarray(x),
+        jnp.asarray(w),
+        jnp.asarray(sizes),
+        rows=jnp.asarray(rows),
+        row_weight=jnp.asarray(row_weight),
     )
-    assert close(out, in_a_loop(x, w, sizes, rows, row_weight), 1e-6)  # float32 sums over up to 576 against float64
+    assert close(
+        out, in_a_loop(x, w, sizes, rows, row_weight), 1e-6
+    )  # float32 sums over up to 576 against float64
     assert not np.asarray(out[sum(sizes) :]).any()
 
 
@@ -197,7 +225,9 @@ def test_quantized_rows_meet_their_own_expert(sizes, n, k, scheme):
         out_dtype=jnp.float32,
         implementation="xla",
     )
-    x_scale = np.repeat(np.asarray(x.scale, np.float64), 128 if scheme == "fp8_per_block" else k, axis=1)[:, :k]
+    x_scale = np.repeat(
+        np.asarray(x.scale, np.float64), 128 if scheme == "fp8_per_block" else k, axis=1
+    )[:, :k]
     wide = np.asarray(x.qvalue, np.float64) * x_scale
     expected = in_a_loop(wide, numpy_dequantized(w), sizes, rows, row_weight)
     assert close(out, expected, 1e-6)  # the codes are given, so only float32 sums against float64
@@ -206,18 +236,24 @@ def test_quantized_rows_meet_their_own_expert(sizes, n, k, scheme):
 
 def test_mismatched_groups_are_an_error_that_names_the_sizes():
     with pytest.raises(
-        ValueError, match=r"x \[m, k\] is \(3, 8\), w \[e, n, k\] is \(2, 5, 9\) and sizes \[e\] is \(2,\)"
+        ValueError,
+        match=r"x \[m, k\] is \(3, 8\), w \[e, n, k\] is \(2, 5, 9\) and sizes \[e\] is \(2,\)",
     ):
         ops.grouped_matmul(jnp.zeros((3, 8)), jnp.zeros((2, 5, 9)), jnp.zeros(2, jnp.int32))
-    stack = fp8jax.QArray(jnp.zeros((2, 8, 8), jnp.float8_e4m3fn), jnp.ones((2, 1, 1)), fp8jax.FP8_PER_BLOCK)
+    stack = fp8jax.QArray(
+        jnp.zeros((2, 8, 8), jnp.float8_e4m3fn), jnp.ones((2, 1, 1)), fp8jax.FP8_PER_BLOCK
+    )
     x = fp8jax.QActivation(jnp.zeros((3, 8), jnp.float8_e4m3fn), jnp.ones((3, 1)), "token")
-    with pytest.raises(ValueError, match="quantized per token, but scheme 'fp8_per_block' wants group"):
+    with pytest.raises(
+        ValueError, match="quantized per token, but scheme 'fp8_per_block' wants group"
+    ):
         ops.grouped_scaled_matmul(x, stack, jnp.zeros(2, jnp.int32))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_decode_step_reads_no_expert_that_was_not_routed_to(scheme):
-    """Neither in its result (the others' scales are NaN) nor in memory (no copy of the stack, in float16 say)."""
+    """Neither in its result (the others' scales are NaN) nor in memory (no copy of the stack, in
+    float16 say)."""
     e, n, k = 16, 256, 256
     w = quantized(jnp.asarray(normal(1, e, n, k)), scheme)
     poisoned = fp8jax.QArray(w.qvalue, w.scale.at[:5].set(jnp.nan).at[6:].set(jnp.nan), w.scheme)
@@ -231,7 +267,8 @@ def test_a_decode_step_reads_no_expert_that_was_not_routed_to(scheme):
     )  # 1 MB; one expert in float32 is 0.26 MB, the stack in float16 would be 2 MB
 
 
-# --- experts as a whole --------------------------------------------------------------------------------------------------
+# --- experts as a whole
+# --------------------------------------------------------------------------------------------------
 
 E, H, WIDTH = 5, 40, 24
 
@@ -253,12 +290,17 @@ def run(experts: Experts, x, chosen, weights, valid=None):
 
 def token_by_token(x, chosen, weights) -> np.ndarray:
     """The mathematics of the module's text in float64."""
-    gate_up, down = (np.asarray(w, np.float64) for w in (experts_of(None).gate_up_proj, experts_of(None).down_proj))
+    gate_up, down = (
+        np.asarray(w, np.float64)
+        for w in (experts_of(None).gate_up_proj, experts_of(None).down_proj)
+    )
     out = np.zeros(x.shape)
     for token, row in enumerate(np.asarray(chosen)):
         for choice, expert in enumerate(row):
             gate, up = np.split(gate_up[expert] @ x[token].astype(np.float64), 2)
-            out[token] += weights[token, choice] * (down[expert] @ (gate / (1 + np.exp(-gate)) * up))
+            out[token] += weights[token, choice] * (
+                down[expert] @ (gate / (1 + np.exp(-gate)) * up)
+            )
     return out
 
 
@@ -278,7 +320,13 @@ def routing(kind: str) -> np.ndarray:
     raise AssertionError(kind)
 
 
-KINDS = ("all tokens to two experts", "one token", "top_k = e", "two experts without tokens", "a big batch")
+KINDS = (
+    "all tokens to two experts",
+    "one token",
+    "top_k = e",
+    "two experts without tokens",
+    "a big batch",
+)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -286,10 +334,15 @@ def test_the_weighted_sum_over_experts(kind):
     chosen = routing(kind)
     x, weights = normal(0, len(chosen), H), np.abs(normal(4, *chosen.shape))
     expected = token_by_token(x, chosen, weights)
-    assert close(run(experts_of(None), jnp.asarray(x), jnp.asarray(chosen), jnp.asarray(weights)), expected, 1e-6)
+    assert close(
+        run(experts_of(None), jnp.asarray(x), jnp.asarray(chosen), jnp.asarray(weights)),
+        expected,
+        1e-6,
+    )
     for scheme in SCHEMES:
         found = run(experts_of(scheme), jnp.asarray(x), jnp.asarray(chosen), jnp.asarray(weights))
-        # e4m3 keeps 4 bits: 2.6 % an operand (the reference page's figure), two products with two operands each
+        # e4m3 keeps 4 bits: 2.6 % an operand (the reference page's figure), two products with two
+        # operands each
         assert close(found, expected, 0.08) and not close(found, expected, 0.01)
 
 
@@ -299,8 +352,13 @@ def test_other_tokens_of_the_batch_change_nothing(scheme):
     x, others, weights = normal(0, 9, H), 100 * normal(5, 9, H), np.abs(normal(4, 9, 2))
     others[4] = x[4]
     args = jnp.asarray(chosen), jnp.asarray(weights)
-    one, other = run(experts_of(scheme), jnp.asarray(x), *args), run(experts_of(scheme), jnp.asarray(others), *args)
-    np.testing.assert_array_equal(one[4], other[4])  # bit for bit: the routing is the same, so the tile positions are
+    one, other = (
+        run(experts_of(scheme), jnp.asarray(x), *args),
+        run(experts_of(scheme), jnp.asarray(others), *args),
+    )
+    np.testing.assert_array_equal(
+        one[4], other[4]
+    )  # bit for bit: the routing is the same, so the tile positions are
     assert not np.array_equal(one[3], other[3])
 
 
@@ -309,9 +367,14 @@ def test_permuting_the_batch_permutes_the_outputs(scheme):
     chosen, order = routing("a big batch"), np.random.default_rng(6).permutation(150)
     x, weights = normal(0, 150, H), np.abs(normal(4, 150, 2))
     before = run(experts_of(scheme), jnp.asarray(x), jnp.asarray(chosen), jnp.asarray(weights))
-    after = run(experts_of(scheme), jnp.asarray(x[order]), jnp.asarray(chosen[order]), jnp.asarray(weights[order]))
-    # A row of a product may be summed in another order at another place of a tile. Quantized, that may flip a code, which
-    # moves one of 300 rows by a percent.
+    after = run(
+        experts_of(scheme),
+        jnp.asarray(x[order]),
+        jnp.asarray(chosen[order]),
+        jnp.asarray(weights[order]),
+    )
+    # A row of a product may be summed in another order at another place of a tile. Quantized, that
+    # may flip a code, which moves one of 300 rows by a percent.
     assert close(after, np.asarray(before)[order], 1e-6 if scheme is None else 1e-3)
 
 
@@ -321,11 +384,17 @@ def test_contributions_are_added_in_the_order_of_the_choices():
     alone = []
     for choice in range(E):
         only = np.where(np.arange(E) == choice, weights, np.float32(0))
-        alone.append(np.asarray(run(experts_of(None), jnp.asarray(x), jnp.asarray(chosen), jnp.asarray(only))))
+        alone.append(
+            np.asarray(
+                run(experts_of(None), jnp.asarray(x), jnp.asarray(chosen), jnp.asarray(only))
+            )
+        )
     expected = functools.reduce(np.add, alone)  # float32, left to right
     found = run(experts_of(None), jnp.asarray(x), jnp.asarray(chosen), jnp.asarray(weights))
     np.testing.assert_array_equal(found, expected)
-    assert not np.array_equal(expected, functools.reduce(np.add, alone[::-1]))  # so the order can be seen
+    assert not np.array_equal(
+        expected, functools.reduce(np.add, alone[::-1])
+    )  # so the order can be seen
 
 
 @pytest.mark.parametrize("scheme", [None, *SCHEMES, FP8_PER_TENSOR_WHOLE_BATCH], ids=str)
@@ -334,19 +403,31 @@ def test_padding_is_zero_and_touches_no_one(scheme):
     x, valid = normal(0, 9, H), np.arange(9) % 3 != 1
     poisoned = np.where(valid[:, None], x, np.float32(1e6))
     args = jnp.asarray(chosen), jnp.asarray(weights), jnp.asarray(valid)
-    clean, dirty = run(experts_of(scheme), jnp.asarray(x), *args), run(experts_of(scheme), jnp.asarray(poisoned), *args)
+    clean, dirty = (
+        run(experts_of(scheme), jnp.asarray(x), *args),
+        run(experts_of(scheme), jnp.asarray(poisoned), *args),
+    )
     np.testing.assert_array_equal(clean, dirty)
     assert not np.asarray(clean)[~valid].any() and np.asarray(clean)[valid].all()
     expected = token_by_token(x, chosen, weights)[valid]
-    assert close(np.asarray(clean)[valid], expected, 1e-6 if scheme is None else 0.08)  # as in the weighted sums above
+    assert close(
+        np.asarray(clean)[valid], expected, 1e-6 if scheme is None else 0.08
+    )  # as in the weighted sums above
 
 
 def test_one_activation_scale_for_the_batch_is_felt_by_all():
-    """The explicit recipe "tensor" does what its name says; it is what the test above would miss without `valid`."""
+    """The explicit recipe "tensor" does what its name says; it is what the test above would miss
+    without `valid`."""
     experts = experts_of(FP8_PER_TENSOR_WHOLE_BATCH)
-    chosen, weights = jnp.asarray(routing("two experts without tokens")), jnp.abs(jnp.asarray(normal(4, 9, 2)))
+    chosen, weights = (
+        jnp.asarray(routing("two experts without tokens")),
+        jnp.abs(jnp.asarray(normal(4, 9, 2))),
+    )
     x = normal(0, 9, H)
     louder = x.copy()
     louder[0] *= 50
-    one, other = run(experts, jnp.asarray(x), chosen, weights), run(experts, jnp.asarray(louder), chosen, weights)
+    one, other = (
+        run(experts, jnp.asarray(x), chosen, weights),
+        run(experts, jnp.asarray(louder), chosen, weights),
+    )
     assert not np.array_equal(one[5], other[5])

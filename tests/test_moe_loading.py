@@ -1,4 +1,5 @@
-"""How experts come from disk: one by one or stacked, under whose names, with which scheme, and what is refused."""
+"""How experts come from disk: one by one or stacked, under whose names, with which scheme, and what
+is refused."""
 
 import json
 import logging
@@ -12,7 +13,7 @@ import safetensors.numpy
 from golden_checkpoints import GOLDENS
 
 import fp8jax
-from fp8jax.checkpoint import Checkpoint
+from fp8jax.checkpoints.folder import Checkpoint
 from fp8jax.models import read_decoder_config
 
 Tensors = dict[str, np.ndarray]
@@ -39,15 +40,23 @@ def same_weights(one: fp8jax.LanguageModel, other: fp8jax.LanguageModel) -> None
         np.testing.assert_array_equal(np.asarray(a).view(np.uint8), np.asarray(b).view(np.uint8))
 
 
-# --- names on disk -------------------------------------------------------------------------------------------------------
+# --- names on disk
+# -------------------------------------------------------------------------------------------------------
 
 
 def mixtral_stacked(tensors: Tensors) -> Tensors:
-    """As transformers 5 holds them: mlp.gate, mlp.experts.gate_up_proj [e, 2i, h], mlp.experts.down_proj."""
-    kept = {name.replace("block_sparse_moe", "mlp"): x for name, x in tensors.items() if ".experts." not in name}
+    """As transformers 5 holds them: mlp.gate, mlp.experts.gate_up_proj [e, 2i, h],
+    mlp.experts.down_proj."""
+    kept = {
+        name.replace("block_sparse_moe", "mlp"): x
+        for name, x in tensors.items()
+        if ".experts." not in name
+    }
     for layer in ("model.layers.0", "model.layers.1"):
         w1, w2, w3 = (
-            np.stack([tensors[f"{layer}.block_sparse_moe.experts.{e}.{w}.weight"] for e in range(4)])
+            np.stack(
+                [tensors[f"{layer}.block_sparse_moe.experts.{e}.{w}.weight"] for e in range(4)]
+            )
             for w in ("w1", "w2", "w3")
         )
         kept[f"{layer}.mlp.experts.gate_up_proj"] = np.concatenate([w1, w3], axis=1)
@@ -56,7 +65,10 @@ def mixtral_stacked(tensors: Tensors) -> Tensors:
 
 
 def granite_stacked(tensors: Tensors) -> Tensors:
-    new = {"input_linear.weight": "experts.gate_up_proj", "output_linear.weight": "experts.down_proj"}
+    new = {
+        "input_linear.weight": "experts.gate_up_proj",
+        "output_linear.weight": "experts.down_proj",
+    }
     new |= {"router.layer.weight": "router.weight"}
     renamed = {}
     for name, x in tensors.items():
@@ -82,20 +94,31 @@ def granite_one_by_one(tensors: Tensors) -> Tensors:
 @pytest.mark.parametrize("scheme", ["fp8_per_tensor", "fp8_per_block", None])
 @pytest.mark.parametrize(
     "family, rewritten",
-    [("mixtral", mixtral_stacked), ("granitemoe", granite_stacked), ("granitemoe", granite_one_by_one)],
+    [
+        ("mixtral", mixtral_stacked),
+        ("granitemoe", granite_stacked),
+        ("granitemoe", granite_one_by_one),
+    ],
 )
 def test_every_way_of_writing_the_experts_gives_the_same_model(family, rewritten, scheme, tmp_path):
     folder = write(tmp_path, family, rewritten(tensors_of(family)))
-    same_weights(fp8jax.load_quantized(folder, scheme), fp8jax.load_quantized(GOLDENS / family, scheme))
+    same_weights(
+        fp8jax.load_quantized(folder, scheme), fp8jax.load_quantized(GOLDENS / family, scheme)
+    )
 
 
 def test_a_mixture_of_one_expert(tmp_path):
     """One expert's matrix is not mistaken for a stack, nor the other way round."""
     rows = slice(None, 1)
-    keep = {name: x for name, x in tensors_of("mixtral").items() if ".experts." not in name or ".experts.0." in name}
+    keep = {
+        name: x
+        for name, x in tensors_of("mixtral").items()
+        if ".experts." not in name or ".experts.0." in name
+    }
     keep = {name: x[rows] if name.endswith("moe.gate.weight") else x for name, x in keep.items()}
     lm = fp8jax.load_quantized(
-        write(tmp_path, "mixtral", keep, num_local_experts=1, num_experts_per_tok=1), "fp8_per_tensor"
+        write(tmp_path, "mixtral", keep, num_local_experts=1, num_experts_per_tok=1),
+        "fp8_per_tensor",
     )
     full = fp8jax.load_quantized(GOLDENS / "mixtral", "fp8_per_tensor")
     for name in ("gate_up_proj", "down_proj"):
@@ -114,11 +137,14 @@ def test_loaded_experts_do_not_point_into_the_file(family, tmp_path):
     with (folder / "model.safetensors").open("r+b") as file:
         file.seek(1 << 14)  # behind the header
         file.write(bytes(file.seek(0, 2) - (1 << 14)))
-    np.testing.assert_array_equal(before, np.asarray(lm.weight("model.layers.0.mlp.experts.gate_up_proj")))
+    np.testing.assert_array_equal(
+        before, np.asarray(lm.weight("model.layers.0.mlp.experts.gate_up_proj"))
+    )
     assert before.any()
 
 
-# --- what is refused -----------------------------------------------------------------------------------------------------
+# --- what is refused
+# -----------------------------------------------------------------------------------------------------
 
 
 def fault_of(folder: Path, scheme: str | None = "fp8_per_block") -> str:
@@ -138,8 +164,14 @@ def test_missing_unknown_and_misshapen_experts_are_all_listed(tmp_path):
     assert f"{experts}.2.w3.weight: missing, config.json asks for shape [144, 64]" in text
     assert f"{experts}.0.w2.weight: missing, config.json asks for shape [64, 144]" in text
     assert f"{experts}.4.w1.weight: in the checkpoint, but no weight of this architecture" in text
-    assert f"{experts}.1.w1.weight: the checkpoint has shape [143, 64], config.json says [144, 64]" in text
-    assert "block_sparse_moe.gate.weight: the checkpoint has shape [5, 64], config.json says [4, 64]" in text
+    assert (
+        f"{experts}.1.w1.weight: the checkpoint has shape [143, 64], config.json says [144, 64]"
+        in text
+    )
+    assert (
+        "block_sparse_moe.gate.weight: the checkpoint has shape [5, 64], config.json says [4, 64]"
+        in text
+    )
     assert "5 faults" in text  # these and no others
 
 
@@ -169,10 +201,22 @@ def test_nan_and_inf_in_an_expert_are_found_and_named(family, tensor, index, sch
 
 
 FIELDS = [
-    ("mixtral", {"num_local_experts": None}, "num_local_experts None is wrong: expected an integer"),
-    ("mixtral", {"num_experts": 8}, r"one number of experts, got \{'num_local_experts': 4, 'num_experts': 8\}"),
+    (
+        "mixtral",
+        {"num_local_experts": None},
+        "num_local_experts None is wrong: expected an integer",
+    ),
+    (
+        "mixtral",
+        {"num_experts": 8},
+        r"one number of experts, got \{'num_local_experts': 4, 'num_experts': 8\}",
+    ),
     ("olmoe", {"num_experts_per_tok": 9}, "num_experts_per_tok is 9, but there are only 8 experts"),
-    ("qwen3_moe", {"mlp_only_layers": [2]}, r"mlp_only_layers names a layer outside the 2 there are"),
+    (
+        "qwen3_moe",
+        {"mlp_only_layers": [2]},
+        r"mlp_only_layers names a layer outside the 2 there are",
+    ),
     ("mixtral", {"norm_topk_prob": True}, "norm_topk_prob: True changes the forward pass"),
     ("granitemoe", {"shared_intermediate_size": 64}, "shared_intermediate_size: 64 is not a field"),
 ]
@@ -201,7 +245,8 @@ def test_layers_without_experts_of_qwen3_moe(step, only, dense):
     assert tuple(i for i in range(4) if not config.has_experts(i)) == dense
 
 
-# --- schemes -------------------------------------------------------------------------------------------------------------
+# --- schemes
+# -------------------------------------------------------------------------------------------------------------
 
 
 def schemes_of(lm: fp8jax.LanguageModel) -> dict[str, str]:
@@ -215,8 +260,14 @@ def granite(**config) -> fp8jax.LanguageModel:
     return fp8jax.load_quantized(GOLDENS / "granitemoe", scheme, quantization_config=config or None)
 
 
-LINEARS = [f"model.layers.{i}.self_attn.{name}" for i in range(2) for name in ("qkv_proj", "o_proj")]
-EXPERTS = [f"model.layers.{i}.mlp.experts.{name}" for i in range(2) for name in ("gate_up_proj", "down_proj")]
+LINEARS = [
+    f"model.layers.{i}.self_attn.{name}" for i in range(2) for name in ("qkv_proj", "o_proj")
+]
+EXPERTS = [
+    f"model.layers.{i}.mlp.experts.{name}"
+    for i in range(2)
+    for name in ("gate_up_proj", "down_proj")
+]
 TENSOR, BLOCK = "fp8_per_tensor", "fp8_per_block"
 CONFIGS = [  # what the user writes, scheme of linears, scheme of experts
     ({"scheme": TENSOR}, TENSOR, TENSOR),
@@ -233,7 +284,9 @@ CONFIGS = [  # what the user writes, scheme of linears, scheme of experts
 
 @pytest.mark.parametrize("config, linear, moe", CONFIGS, ids=str)
 def test_linears_and_experts_get_their_own_scheme(config, linear, moe):
-    assert schemes_of(granite(**config)) == dict.fromkeys(LINEARS, linear) | dict.fromkeys(EXPERTS, moe)
+    assert schemes_of(granite(**config)) == dict.fromkeys(LINEARS, linear) | dict.fromkeys(
+        EXPERTS, moe
+    )
 
 
 def test_a_side_without_a_scheme_stays_unquantized_and_the_log_says_so(caplog):
@@ -249,19 +302,26 @@ IGNORED = [  # entries, the layers that they leave alone
     (["model.layers.1.mlp.experts"], set(EXPERTS[2:])),
     (["re:.*experts"], set(EXPERTS)),
     (["re:.*mlp.*"], set(EXPERTS)),
-    (["model.layers.0.block_sparse_moe.experts"], set(EXPERTS[:2])),  # the name in the family's own files
+    (
+        ["model.layers.0.block_sparse_moe.experts"],
+        set(EXPERTS[:2]),
+    ),  # the name in the family's own files
     (["re:.*block_sparse_moe\\.experts"], set(EXPERTS)),
 ]
 
 
-@pytest.mark.parametrize("entries, left_alone", IGNORED, ids=lambda names: str(sorted(names)))  # workers must agree
+@pytest.mark.parametrize(
+    "entries, left_alone", IGNORED, ids=lambda names: str(sorted(names))
+)  # workers must agree
 def test_ignored_layers_of_a_mixture(entries, left_alone):
     found = schemes_of(granite(scheme=BLOCK, ignore=entries))
     assert {name for name, outcome in found.items() if outcome == "ignored"} == left_alone
     assert {outcome for name, outcome in found.items() if name not in left_alone} <= {BLOCK}
 
 
-@pytest.mark.parametrize("entry", ["model.layers.1.mlp.experts.3.down_proj", r"re:.*experts\.3\..*", "re:.*down_proj"])
+@pytest.mark.parametrize(
+    "entry", ["model.layers.1.mlp.experts.3.down_proj", r"re:.*experts\.3\..*", "re:.*down_proj"]
+)
 def test_single_experts_cannot_be_ignored_and_a_warning_says_that_nothing_matched(entry):
     with pytest.warns(UserWarning, match="matched no layer"):
         lm = granite(scheme=TENSOR, ignore=[entry])
@@ -277,15 +337,25 @@ def test_naming_a_router_is_redundant_and_no_mistake(entry):
 def test_the_report_has_a_row_for_each_stack_of_experts():
     lm = granite(scheme=BLOCK)
     layer = next(layer for layer in lm.report.layers if layer.name == EXPERTS[0])
-    assert (layer.type, layer.kind, layer.outcome) == ("mlp.experts.gate_up_proj", "moe", "quantized")
-    weight = tensors_of("granitemoe")["model.layers.0.block_sparse_moe.input_linear.weight"].astype(np.float32)
+    assert (layer.type, layer.kind, layer.outcome) == (
+        "mlp.experts.gate_up_proj",
+        "moe",
+        "quantized",
+    )
+    weight = tensors_of("granitemoe")["model.layers.0.block_sparse_moe.input_linear.weight"].astype(
+        np.float32
+    )
     assert layer.bytes_before == weight.size * 2
     assert (
         layer.bytes_after == weight.size + 4 * 4 * 2
     )  # codes, and two row blocks of one scale in each of four experts
-    np.testing.assert_array_equal(layer.shard_amax, [np.abs(weight[:, :96]).max(), np.abs(weight[:, 96:]).max()])
+    np.testing.assert_array_equal(
+        layer.shard_amax, [np.abs(weight[:, :96]).max(), np.abs(weight[:, 96:]).max()]
+    )
     q = lm.weight(EXPERTS[0])
     assert isinstance(q, fp8jax.QArray) and layer.relative_error is not None
     error = np.linalg.norm(np.asarray(fp8jax.dequantize(q)) - weight) / np.linalg.norm(weight)
-    assert abs(layer.relative_error - error) < 1e-3 * error  # float32 sums of 55 296 squares, taken expert by expert
+    assert (
+        abs(layer.relative_error - error) < 1e-3 * error
+    )  # float32 sums of 55 296 squares, taken expert by expert
     assert "mlp.experts.gate_up_proj" in str(lm.report)

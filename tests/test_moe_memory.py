@@ -1,4 +1,5 @@
-"""Loading experts holds the finished stacks and two experts more, however they come: watched from outside, on 1.2 GB."""
+"""Loading experts holds the finished stacks and two experts more, however they come: watched from
+outside, on 1.2 GB."""
 
 import json
 import sys
@@ -30,25 +31,39 @@ CONFIG = {
 
 @pytest.fixture(scope="module")
 def noise():
-    values = np.random.default_rng(0).standard_normal(EXPERTS * 2 * WIDTH * HIDDEN // 16, np.float32)
+    values = np.random.default_rng(0).standard_normal(
+        EXPERTS * 2 * WIDTH * HIDDEN // 16, np.float32
+    )
     return np.tile(values.astype(ml_dtypes.bfloat16), 16)
 
 
 def write(folder, architecture, experts_of_layer, noise):
-    """A checkpoint with one file a layer, its data at odd bytes: an aligned view could be aliased, which would hide a copy."""
+    """A checkpoint with one file a layer, its data at odd bytes: an aligned view could be aliased,
+    which would hide a copy."""
 
     def weight(*shape):
         return noise[: np.prod(shape)].reshape(shape)
 
     (folder / "config.json").write_text(json.dumps(CONFIG | {"architectures": [architecture]}))
-    files = {"rest": {"model.embed_tokens.weight": weight(256, HIDDEN), "model.norm.weight": weight(HIDDEN)}}
+    files = {
+        "rest": {
+            "model.embed_tokens.weight": weight(256, HIDDEN),
+            "model.norm.weight": weight(HIDDEN),
+        }
+    }
     for i in range(LAYERS):
         layer = f"model.layers.{i}."
         head = HIDDEN // 16
         rows = {"q_proj": HIDDEN, "k_proj": head, "v_proj": head, "o_proj": HIDDEN}
         tensors = {f"{layer}self_attn.{name}.weight": weight(n, HIDDEN) for name, n in rows.items()}
-        tensors |= {f"{layer}{name}_layernorm.weight": weight(HIDDEN) for name in ("input", "post_attention")}
-        tensors |= {f"{layer}block_sparse_moe.{name}": weight(*shape) for name, shape in experts_of_layer.items()}
+        tensors |= {
+            f"{layer}{name}_layernorm.weight": weight(HIDDEN)
+            for name in ("input", "post_attention")
+        }
+        tensors |= {
+            f"{layer}block_sparse_moe.{name}": weight(*shape)
+            for name, shape in experts_of_layer.items()
+        }
         files[f"layer{i}"] = tensors
     weight_map = {}
     for name, tensors in files.items():
@@ -80,9 +95,11 @@ def stacked(tmp_path_factory, noise):
 
 
 def bound(held):
-    """The quantized model and 180 MB: 87 to 113 are seen, most of it compiled code and what is allocated with it.
+    """The quantized model and 180 MB: 87 to 113 are seen, most of it compiled code and what is
+    allocated with it.
 
-    A layer's experts in BF16 are 604 MB: whoever makes them at once, or their larger stack of 403, does not fit.
+    A layer's experts in BF16 are 604 MB: whoever makes them at once, or their larger stack of 403,
+    does not fit.
     """
     assert EXPERTS * EXPERT * 2 > 3 * 180 * MB
     return held["bytes_after"] + 180 * MB
@@ -92,7 +109,10 @@ def bound(held):
 @pytest.mark.parametrize("layout", ["one_by_one", "stacked"])
 def test_peak_private_memory_is_the_result_and_two_experts(layout, scheme, request):
     probe = watch_loading(request.getfixturevalue(layout), scheme)
-    print(f"{layout} {scheme}: peak {probe.above_idle / MB:.0f} MB, bound {bound(probe.held) / MB:.0f}, {probe.held}")
+    print(
+        f"{layout} {scheme}: peak {probe.above_idle / MB:.0f} MB, bound "
+        f"{bound(probe.held) / MB:.0f}, {probe.held}"
+    )
     assert probe.above_idle <= bound(probe.held)
 
 

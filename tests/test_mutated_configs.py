@@ -1,7 +1,9 @@
-"""Config.json files with random changes: torch's logits, or an error that names the field, and nothing in between.
+"""Config.json files with random changes: torch's logits, or an error that names the field, and
+nothing in between.
 
-The sample is frozen in tests/goldens/mutated_configs.json with what transformers made of each; scripts/compare_configs.py
-wrote it, says what counts as a fault, and runs thousands of others by hand.
+The sample is frozen in tests/goldens/mutated_configs.json with what transformers made of each;
+scripts/compare_configs.py wrote it, says what counts as a fault, and runs thousands of others by
+hand.
 """
 
 import json
@@ -11,7 +13,8 @@ from pathlib import Path
 import pytest
 
 GOLDENS = Path(__file__).parent / "goldens" / "mutated_configs"
-# How many of a family's cases are known to load and to equal torch: refusing all would be no success.
+# How many of a family's cases are known to load and to equal torch: refusing all would be no
+# success.
 EQUAL = {
     "granite": 5,
     "granitemoe": 2,
@@ -39,7 +42,9 @@ def judged(compare, families: dict[str, str], family: str, folder: Path) -> list
 
 
 @pytest.mark.parametrize("family", EQUAL)
-def test_a_mutated_config_gives_the_logits_of_torch_or_an_error_that_names_a_field(family, tmp_path, script):
+def test_a_mutated_config_gives_the_logits_of_torch_or_an_error_that_names_a_field(
+    family, tmp_path, script
+):
     compare = script("compare_configs")
     families = {name: real.family for name, real in script("real_configs").real_configs().items()}
     found = judged(compare, families, family, tmp_path)

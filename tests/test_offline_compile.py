@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from fp8jax.pallas_kernels.offline_compile import OfflineCompileError, OfflineCompiler, Program, available
-from fp8jax.pallas_kernels.offline_report import CompileReport, blocks_per_sm, read_report
-from fp8jax.pallas_kernels.offline_targets import TARGETS
+from fp8jax.devtools.offline_compile import OfflineCompileError, OfflineCompiler, Program, available
+from fp8jax.devtools.offline_report import CompileReport, blocks_per_sm, read_report
+from fp8jax.devtools.offline_targets import TARGETS
 
 LAUNCHES = """001: kCustomKernel [source       | next=002 (1)] product grid: [6, 2, 1] threads: [128, 1, 1]  shared_memory: 32768 bytes
 002: kCopy         [source       | next=003 (1)] kCopy
@@ -63,7 +63,11 @@ ENTRY %main.4 (a.1: f8e4m3fn[128,128]) -> (f32[8,4], bf16[16]) {
 
 def report_of_texts() -> CompileReport:
     return read_report(
-        target=TARGETS["h100"], launches=LAUNCHES, hlo=HLO, ptxas=[(PTX, LOG)], bytes_by_use={"temporary": 7}
+        target=TARGETS["h100"],
+        launches=LAUNCHES,
+        hlo=HLO,
+        ptxas=[(PTX, LOG)],
+        bytes_by_use={"temporary": 7},
     )
 
 
@@ -73,7 +77,9 @@ def test_kernels_are_joined_from_launches_code_and_log():
     assert (kernel.registers, kernel.spill_bytes) == (168, 64)
     assert kernel.instructions == {"wgmma.e4m3": 1, "mma.f16": 1, "float32 add": 1}
     assert kernel.copy_widths == {"16": 2, "4": 1}
-    assert not kernel.fp8_only  # FP8 and float16 instructions in one kernel: a fallback has crept in
+    assert (
+        not kernel.fp8_only
+    )  # FP8 and float16 instructions in one kernel: a fallback has crept in
 
 
 def test_launches_keep_their_order_and_leave_bookkeeping_out():
@@ -89,7 +95,11 @@ def test_buffers_are_what_launched_steps_write():
         ("loop_add_fusion", "fusion loop", "f32", 128),
         ("product", "custom-call", "bf16", 32),
     ]
-    assert [b.name for b in report_of_texts().buffers_of_at_least(100)] == ["copy.1", "fusion-start", "loop_add_fusion"]
+    assert [b.name for b in report_of_texts().buffers_of_at_least(100)] == [
+        "copy.1",
+        "fusion-start",
+        "loop_add_fusion",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -97,17 +107,20 @@ def test_buffers_are_what_launched_steps_write():
     [
         ("h100", 168, 128, 73728, 3),  # registers and shared memory both allow three
         ("h100", 32, 128, 0, 16),  # threads: 2048 / 128
-        ("h100", 255, 256, 1024, 1),  # registers: 65536 / (256 · 256)
+        ("h100", 255, 256, 1024, 1),  # registers: 65536 / (256 Â· 256)
         ("h100", 10, 32, 0, 32),  # the most blocks of an SM
         ("l40", 40, 128, 30720, 3),  # shared memory: 102400 / 31744
     ],
 )
 def test_blocks_per_sm(device, registers, threads, shared, expected):
-    assert blocks_per_sm(TARGETS[device], registers=registers, threads=threads, shared_bytes=shared) == expected
+    assert (
+        blocks_per_sm(TARGETS[device], registers=registers, threads=threads, shared_bytes=shared)
+        == expected
+    )
 
 
 def test_what_is_missing_is_said(monkeypatch):
-    from fp8jax.pallas_kernels import offline_compile
+    from fp8jax.devtools import offline_compile
 
     monkeypatch.setattr(offline_compile, "_toolkit", lambda: None)
     assert "pip install" in (available() or "")
@@ -131,7 +144,11 @@ def scan_over_stacked_weights(layers: int) -> Program:
         return x, jax.lax.dynamic_update_slice(cache, x[:1], (3, 0))
 
     shapes = (64, 128), (layers, 64, 128), (1024, 128)
-    return Program(program, tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes), donate_argnums=(2,))
+    return Program(
+        program,
+        tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes),
+        donate_argnums=(2,),
+    )
 
 
 def fails_to_build() -> Program:
@@ -151,22 +168,30 @@ def prints(text: str) -> Program:
 
 
 def test_copied_weights_and_donated_buffers_show(compiler):
-    report = compiler.compile("h100", "tests.test_offline_compile:scan_over_stacked_weights", {"layers": 4})
+    report = compiler.compile(
+        "h100", "tests.test_offline_compile:scan_over_stacked_weights", {"layers": 4}
+    )
     assert report.device == "NVIDIA H100 80GB HBM3"
     assert "kCopy" in report.launches
     assert "layer" in report.kernels
     weight = 64 * 128 * 4
-    assert any(b.shape == (1, 64, 128) and b.bytes == weight for b in report.buffers_of_at_least(weight))
+    assert any(
+        b.shape == (1, 64, 128) and b.bytes == weight for b in report.buffers_of_at_least(weight)
+    )
     assert report.bytes_by_use["aliased"] == 1024 * 128 * 4
     assert report.bytes_by_use["arguments"] == (64 + 4 * 64 + 1024) * 128 * 4
 
 
 def test_errors_carry_the_text_and_the_compiler_goes_on(compiler):
-    with pytest.raises(OfflineCompileError, match=r"h100: ValueError: no such layer: model\.layers\.99"):
+    with pytest.raises(
+        OfflineCompileError, match=r"h100: ValueError: no such layer: model\.layers\.99"
+    ):
         compiler.compile("h100", "tests.test_offline_compile:fails_to_build")
     with pytest.raises(OfflineCompileError, match="LLVM ERROR: a fatal one"):
         compiler.compile("h100", "tests.test_offline_compile:ends_the_process")
     with pytest.raises(ValueError, match="choose one of h100, h200"):
         compiler.compile("a100", "tests.test_offline_compile:prints")
-    report = compiler.compile("l40", "tests.test_offline_compile:prints", {"text": "between the replies"})
+    report = compiler.compile(
+        "l40", "tests.test_offline_compile:prints", {"text": "between the replies"}
+    )
     assert len(report.launches) == 1

@@ -1,7 +1,9 @@
-"""What runs an operation on which device, and the kernels inside the model: interpreted on the CPU against XLA's references.
+"""What runs an operation on which device, and the kernels inside the model: interpreted on the CPU
+against XLA's references.
 
-What a device would run shows in the traced program: a kernel is a `pallas_call` with a name. A mesh that names an
-H100 stands in for one; nothing is compiled for it here (tests/test_offline_decode.py does that).
+What a device would run shows in the traced program: a kernel is a `pallas_call` with a name. A mesh
+that names an H100 stands in for one; nothing is compiled for it here (tests/test_offline_decode.py
+does that).
 """
 
 import functools
@@ -17,8 +19,12 @@ from golden_checkpoints import GOLDENS, SCHEMES, golden, load, relative_error
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 import fp8jax
-from fp8jax import fused_ops, kernel_choice, moe, offline_models, ops
-from fp8jax.ops import QActivation
+from fp8jax.devtools import offline_models
+from fp8jax.models import moe
+from fp8jax.ops import choice as kernel_choice
+from fp8jax.ops import fused as fused_ops
+from fp8jax.ops import matmul as ops
+from fp8jax.ops.matmul import QActivation
 from fp8jax.pallas_kernels import tuning
 from fp8jax.pallas_kernels.interpret_mode import interpreted_kernels
 from fp8jax.pallas_kernels.matmul_config import Config
@@ -27,7 +33,9 @@ from fp8jax.qarray import split_rows
 rng = np.random.default_rng(20)
 X = jnp.asarray(rng.standard_normal((17, 160)), jnp.bfloat16)
 W = jnp.asarray(rng.standard_normal((96, 160)), jnp.bfloat16)
-QUANTIZED = {scheme: jax.jit(functools.partial(fp8jax.quantize, scheme=scheme))(W) for scheme in SCHEMES}
+QUANTIZED = {
+    scheme: jax.jit(functools.partial(fp8jax.quantize, scheme=scheme))(W) for scheme in SCHEMES
+}
 
 
 def on(kind: str):
@@ -45,7 +53,9 @@ def kernels_of(function, *arguments) -> list[str]:
             if equation.primitive.name == "pallas_call":
                 yield equation.params["name"]
                 continue
-            for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda v: hasattr(v, "eqns")):
+            for value in jax.tree.leaves(
+                list(equation.params.values()), is_leaf=lambda v: hasattr(v, "eqns")
+            ):
                 if hasattr(value, "eqns"):
                     yield from walk(value)
 
@@ -68,15 +78,22 @@ def test_auto_on_a_cpu_is_the_reference_to_the_bit(scheme):
 
 
 def test_triton_without_a_gpu_raises_instead_of_running_something_else():
-    for call in (lambda: ops.quantize_activation(X, "token", implementation="triton"), lambda: product("triton")(X)):
-        with pytest.raises(NotImplementedError, match="needs an NVIDIA GPU with FP8 tensor cores .* this is a cpu"):
+    for call in (
+        lambda: ops.quantize_activation(X, "token", implementation="triton"),
+        lambda: product("triton")(X),
+    ):
+        with pytest.raises(
+            NotImplementedError, match="needs an NVIDIA GPU with FP8 tensor cores .* this is a cpu"
+        ):
             call()
 
 
 @pytest.mark.parametrize("scheme, activation, matmul", [
     ("fp8_per_tensor", "quantize_token", "scaled_matmul"), ("fp8_per_block", "quantize_group", "block_scaled_matmul")
 ])  # fmt: skip
-def test_on_a_gpu_with_fp8_auto_and_triton_run_the_kernels_and_xla_does_not(scheme, activation, matmul):
+def test_on_a_gpu_with_fp8_auto_and_triton_run_the_kernels_and_xla_does_not(
+    scheme, activation, matmul
+):
     for kind in ("NVIDIA H100 80GB HBM3", "NVIDIA L40", "NVIDIA B200"):
         with on(kind):
             assert kernels_of(product("auto", scheme), X) == [activation, matmul]
@@ -106,7 +123,9 @@ def test_group_scales_in_either_layout_give_the_same_product():
     assert by_group.scale.shape == by_row.scale.shape[::-1] == (2, 17)
     np.testing.assert_array_equal(ops.scaled_matmul(by_group, w), ops.scaled_matmul(by_row, w))
     with interpreted_kernels():
-        first, second = (ops.scaled_matmul(x, w, implementation="triton") for x in (by_row, by_group))
+        first, second = (
+            ops.scaled_matmul(x, w, implementation="triton") for x in (by_row, by_group)
+        )
     np.testing.assert_array_equal(first, second)
 
 
@@ -126,25 +145,39 @@ def test_an_ampere_gpu_keeps_activations_as_they_are_and_says_so_once(monkeypatc
     with caplog.at_level(logging.WARNING, "fp8jax"):
         out = ops.scaled_matmul(X, w, bias=bias)
         ops.scaled_matmul(X, w)
-    assert [record.message[:38] for record in caplog.records] == ["NVIDIA A10 has no FP8 tensor cores: FP"]
-    exact = np.asarray(X, np.float64) @ np.asarray(fp8jax.dequantize(w), np.float64).T + np.arange(96)
-    # bfloat16 roundings of the result and of a block's weights are 2⁻⁹; quantized activations would be off by some 2 %.
+    assert [record.message[:38] for record in caplog.records] == [
+        "NVIDIA A10 has no FP8 tensor cores: FP"
+    ]
+    exact = np.asarray(X, np.float64) @ np.asarray(fp8jax.dequantize(w), np.float64).T + np.arange(
+        96
+    )
+    # bfloat16 roundings of the result and of a block's weights are 2⁻⁹; quantized activations would
+    # be off by some 2 %.
     assert relative_error(out, exact) < 2**-8
     assert relative_error(ops.scaled_matmul(X, w, bias=bias, implementation="xla"), exact) > 2**-8
 
 
 def entry(config: Config, **changes) -> tuning.Entry:
-    fields = {name: getattr(config, name) for name in ("block_m", "block_n", "block_k", "num_warps", "swap_operands")}
+    fields = {
+        name: getattr(config, name)
+        for name in ("block_m", "block_n", "block_k", "num_warps", "swap_operands")
+    }
     measurement = {"microseconds": 5.0, "versions": {"jax": "0"}, "date": "2000-01-01"}
-    return tuning.Entry(shape={"m": 16, "n": 96, "k": 160}, config=fields, **(measurement | changes))
+    return tuning.Entry(
+        shape={"m": 16, "n": 96, "k": 160}, config=fields, **(measurement | changes)
+    )
 
 
 @pytest.fixture
 def tuned(tmp_path, monkeypatch):
     """Write a table for the H100 that lasts as long as the test."""
     load_from_there = functools.partial(tuning.load, folder=tmp_path)
-    monkeypatch.setattr(kernel_choice, "tuning", SimpleNamespace(load=load_from_there, nearest=tuning.nearest))
-    return lambda entries: tuning.save("NVIDIA H100", "block_scaled_matmul", entries, folder=tmp_path)
+    monkeypatch.setattr(
+        kernel_choice, "tuning", SimpleNamespace(load=load_from_there, nearest=tuning.nearest)
+    )
+    return lambda entries: tuning.save(
+        "NVIDIA H100", "block_scaled_matmul", entries, folder=tmp_path
+    )
 
 
 def test_a_measured_config_beats_the_rule_where_the_shape_is_near(tuned):
@@ -153,7 +186,9 @@ def test_a_measured_config_beats_the_rule_where_the_shape_is_near(tuned):
 
     def chosen(kind: str, m: int) -> Config | None:
         with on(kind):
-            return ops._kernel_config(QUANTIZED["fp8_per_block"], m, jnp.dtype(jnp.bfloat16), "auto")
+            return ops._kernel_config(
+                QUANTIZED["fp8_per_block"], m, jnp.dtype(jnp.bfloat16), "auto"
+            )
 
     assert chosen("NVIDIA H100", 17) == measured
     assert chosen("NVIDIA H100", 17 * 64) != measured
@@ -164,11 +199,16 @@ def test_a_measured_config_beats_the_rule_where_the_shape_is_near(tuned):
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_experts_on_an_ampere_gpu_keep_activations_as_they_are_too(monkeypatch, scheme, split):
     ampere = SimpleNamespace(platform="gpu", device_kind="NVIDIA A10", compute_capability="8.6")
-    w = fp8jax.quantize(jnp.asarray(rng.standard_normal((3, 2 * 96, 160)), jnp.bfloat16), scheme, row_groups=2)
+    w = fp8jax.quantize(
+        jnp.asarray(rng.standard_normal((3, 2 * 96, 160)), jnp.bfloat16), scheme, row_groups=2
+    )
     sizes, rows = jnp.asarray([5, 0, 9], jnp.int32), jnp.asarray(rng.integers(0, 17, 16), jnp.int32)
     exact = np.zeros((16, 192))
     for slot, expert in enumerate([0] * 5 + [2] * 9):
-        exact[slot] = np.asarray(fp8jax.dequantize(w), np.float64)[expert] @ np.asarray(X, np.float64)[rows[slot]]
+        exact[slot] = (
+            np.asarray(fp8jax.dequantize(w), np.float64)[expert]
+            @ np.asarray(X, np.float64)[rows[slot]]
+        )
     stack = split_rows(w, (96, 96)) if split else w
     quantized = ops.grouped_scaled_matmul(X, stack, sizes, rows=rows)
     monkeypatch.setattr(kernel_choice, "current_device", lambda: ampere)
@@ -179,9 +219,14 @@ def test_experts_on_an_ampere_gpu_keep_activations_as_they_are_too(monkeypatch, 
 @pytest.mark.parametrize("name", ["row_weight", "out_rows"])
 def test_an_array_that_is_not_one_a_slot_is_refused(name):
     w = fp8jax.quantize(jnp.ones((3, 96, 160)), "fp8_per_block")
-    sizes, wrong = jnp.asarray([5, 0, 9], jnp.int32), jnp.zeros(4, jnp.float32 if name == "row_weight" else jnp.int32)
+    sizes, wrong = (
+        jnp.asarray([5, 0, 9], jnp.int32),
+        jnp.zeros(4, jnp.float32 if name == "row_weight" else jnp.int32),
+    )
     per_slot: dict[str, Any] = {name: wrong}
-    with pytest.raises(ValueError, match=rf"grouped_scaled_matmul: {name} is \(4,\), wanted \[17\]"):
+    with pytest.raises(
+        ValueError, match=rf"grouped_scaled_matmul: {name} is \(4,\), wanted \[17\]"
+    ):
         ops.grouped_scaled_matmul(X, w, sizes, **per_slot)
     with pytest.raises(ValueError, match=rf"grouped_matmul: {name} is \(4,\), wanted \[17\]"):
         ops.grouped_matmul(X, jnp.ones((3, 96, 160), jnp.bfloat16), sizes, **per_slot)
@@ -192,7 +237,10 @@ def test_float32_experts_come_from_promoted_sums():
         for dtype, promoted in (("float32", "tensor_core"), ("bfloat16", "none")):
             program = offline_models.decode_step("granite-3.0-1b-a400m", 1, layers=1)
             experts = program.arguments[0].model.layers[0].mlp.experts
-            x, weights = jax.ShapeDtypeStruct((2, 1024), dtype), jax.ShapeDtypeStruct((2, 2), jnp.float32)
+            x, weights = (
+                jax.ShapeDtypeStruct((2, 1024), dtype),
+                jax.ShapeDtypeStruct((2, 2), jnp.float32),
+            )
             seen = []
 
             def noted(*arguments, seen=seen, **options):
@@ -208,12 +256,21 @@ def test_float32_experts_come_from_promoted_sums():
 def test_float32_results_come_from_promoted_sums():
     w = QUANTIZED["fp8_per_tensor"]
     with on("NVIDIA H100"):
-        configs = [ops._kernel_config(w, 17, jnp.dtype(dtype), "auto") for dtype in ("float32", "bfloat16")]
+        configs = [
+            ops._kernel_config(w, 17, jnp.dtype(dtype), "auto") for dtype in ("float32", "bfloat16")
+        ]
     assert [config and config.promotion for config in configs] == ["tensor_core", "none"]
 
 
 def test_auto_takes_xla_where_xla_measured_faster_and_triton_does_what_it_is_told(tuned):
-    tuned([entry(Config(block_m=16, block_n=64, block_k=128, swap_operands=True), xla_microseconds=4.0)])
+    tuned(
+        [
+            entry(
+                Config(block_m=16, block_n=64, block_k=128, swap_operands=True),
+                xla_microseconds=4.0,
+            )
+        ]
+    )
     with on("NVIDIA H100"):
         assert kernels_of(product("auto"), X) == ["quantize_group"]
         assert kernels_of(product("triton"), X) == ["quantize_group", "block_scaled_matmul"]
@@ -223,7 +280,8 @@ LAYER = {
     "fp8_per_tensor": "rms_norm_quantize_token scaled_matmul rope_cache decode_attention decode_attention_merge_quantize_token "
     "scaled_matmul rms_norm_quantize_token scaled_matmul silu_mul_quantize_token scaled_matmul",
     "fp8_per_block": "rms_norm_quantize_group block_scaled_matmul rope_cache decode_attention decode_attention_merge_quantize_group "
-    "block_scaled_matmul rms_norm_quantize_group block_scaled_matmul silu_mul_quantize_group block_scaled_matmul",
+    "block_scaled_matmul rms_norm_quantize_group block_scaled_matmul silu_mul_quantize_group "
+    "block_scaled_matmul",
 }
 
 
@@ -239,7 +297,9 @@ EXPERTS = "rms_norm_quantize_{0} route_experts grouped_scaled_matmul silu_mul_qu
 
 
 @pytest.mark.parametrize("model", ["granite-3.0-1b-a400m", "qwen3-30b-a3b"])
-@pytest.mark.parametrize("scheme, granularity", [("fp8_per_tensor", "token"), ("fp8_per_block", "group")])
+@pytest.mark.parametrize(
+    "scheme, granularity", [("fp8_per_tensor", "token"), ("fp8_per_block", "group")]
+)
 def test_a_decoding_layer_with_experts_is_eleven_kernels_in_this_order(model, scheme, granularity):
     program = offline_models.decode_step(model, 1, scheme=scheme, layers=2)
     layer = [*LAYER[scheme].split()[:6], *EXPERTS.format(granularity).split()]
@@ -259,17 +319,25 @@ def test_prefill_quantizes_and_multiplies_in_kernels_and_leaves_attention_to_xla
 
 
 @functools.cache
-def loaded(variant: str, scheme: str | None, implementation: ops.Implementation) -> fp8jax.LanguageModel:
-    return fp8jax.load_quantized(GOLDENS / variant, scheme, dtype="float32", implementation=implementation)
+def loaded(
+    variant: str, scheme: str | None, implementation: ops.Implementation
+) -> fp8jax.LanguageModel:
+    return fp8jax.load_quantized(
+        GOLDENS / variant, scheme, dtype="float32", implementation=implementation
+    )
 
 
-def two_decode_steps(variant: str, scheme: str | None, implementation: ops.Implementation) -> np.ndarray:
+def two_decode_steps(
+    variant: str, scheme: str | None, implementation: ops.Implementation
+) -> np.ndarray:
     """Logits of two decode steps after a prefill by XLA, `[2, b, vocab]`."""
     tokens = golden(variant)["token_ids"][:, :12].astype(np.int32)
     lengths = np.asarray([12, 7], np.int32)
     xla, model = loaded(variant, scheme, "xla").model, loaded(variant, scheme, implementation).model
     _, cache = jax.jit(fp8jax.prefill)(xla, xla.empty_cache(2, 16), tokens, lengths)
-    step = jax.jit(functools.partial(fp8jax.decode_step))  # traced anew: which kernels run is not in jit's key
+    step = jax.jit(
+        functools.partial(fp8jax.decode_step)
+    )  # traced anew: which kernels run is not in jit's key
     first, cache = step(model, cache, tokens[:, 0], lengths)
     second, _ = step(model, cache, tokens[:, 1], lengths + 1)
     return np.stack([first, second])
@@ -283,11 +351,14 @@ def decoded_by_xla(variant: str, scheme: str | None) -> np.ndarray:
 def assert_tokens_agree(found: Any, expected: Any, unquantized: Any) -> None:
     """Logits `[..., vocab]` of two float32 implementations of the same quantized model.
 
-    Two sums in another order differ by 3e-7 of a token (measured: 1e-7 to 8e-7). A last bit can move a value over the
-    border between two codes, and then that token differs by some 1e-3: hence the median of the tokens, and a wide bound
-    for the worst of them in units of e, the token's own quantization error.
+    Two sums in another order differ by 3e-7 of a token (measured: 1e-7 to 8e-7). A last bit can
+    move a value over the border between two codes, and then that token differs by some 1e-3: hence
+    the median of the tokens, and a wide bound for the worst of them in units of e, the token's own
+    quantization error.
     """
-    found, expected, unquantized = (np.asarray(x, np.float64) for x in (found, expected, unquantized))
+    found, expected, unquantized = (
+        np.asarray(x, np.float64) for x in (found, expected, unquantized)
+    )
     error = np.linalg.norm(found - expected, axis=-1)
     assert np.median(error / np.linalg.norm(expected, axis=-1)) < 5e-6
     assert (error <= 0.6 * np.linalg.norm(expected - unquantized, axis=-1)).all()
@@ -316,18 +387,33 @@ def test_interpreted_kernels_decode_like_xla(variant, scheme):
 
 
 OPS = {
-    ("mistral", "fp8_per_block"): ["block_scaled_matmul", "rms_norm_quantize", "silu_mul_quantize", "decode_attention"],
-    ("granitemoe", "fp8_per_tensor"): ["scaled_matmul", "grouped_scaled_matmul", "rms_norm_quantize"],
+    ("mistral", "fp8_per_block"): [
+        "block_scaled_matmul",
+        "rms_norm_quantize",
+        "silu_mul_quantize",
+        "decode_attention",
+    ],
+    ("granitemoe", "fp8_per_tensor"): [
+        "scaled_matmul",
+        "grouped_scaled_matmul",
+        "rms_norm_quantize",
+    ],
 }
 
 
-@pytest.mark.parametrize("variant, scheme, op", [(*model, op) for model, ops_of in OPS.items() for op in ops_of])
-def test_one_interpreted_kernel_in_a_model_of_references_decodes_like_xla(monkeypatch, variant, scheme, op):
+@pytest.mark.parametrize(
+    "variant, scheme, op", [(*model, op) for model, ops_of in OPS.items() for op in ops_of]
+)
+def test_one_interpreted_kernel_in_a_model_of_references_decodes_like_xla(
+    monkeypatch, variant, scheme, op
+):
     """What a whole model of kernels hides in its error shows when one of them runs alone."""
     ran, real = [], kernel_choice.runs_kernel
 
     def only_this(name, implementation, *arguments, **options):
-        runs = real(name, implementation, *arguments, **options) and (implementation != "triton" or name == op)
+        runs = real(name, implementation, *arguments, **options) and (
+            implementation != "triton" or name == op
+        )
         ran.extend([name] * runs)
         return runs
 
@@ -350,7 +436,9 @@ def test_interpreted_kernels_read_a_prompt_like_xla(scheme):
 
 
 def test_interpreted_kernels_generate_the_tokens_of_xla():
-    prompts = [row[:n].tolist() for row, n in zip(golden("llama31")["token_ids"], (6, 3), strict=False)]
+    prompts = [
+        row[:n].tolist() for row, n in zip(golden("llama31")["token_ids"], (6, 3), strict=False)
+    ]
     expected = loaded("llama31", None, "xla").generate(prompts, max_new_tokens=5, temperature=0)
     with interpreted_kernels():
         found = loaded("llama31", None, "triton").generate(prompts, max_new_tokens=5, temperature=0)
@@ -365,7 +453,9 @@ def test_a_model_of_named_kernels_does_not_run_without_a_gpu():
 def test_a_quantized_activation_of_another_granularity_is_refused():
     x = ops.quantize_activation(X, "token")
     assert isinstance(x, QActivation)
-    with pytest.raises(ValueError, match="quantized per token, but scheme 'fp8_per_block' wants group"):
+    with pytest.raises(
+        ValueError, match="quantized per token, but scheme 'fp8_per_block' wants group"
+    ):
         ops.scaled_matmul(x, QUANTIZED["fp8_per_block"])
 
 
@@ -374,13 +464,19 @@ def test_experts_run_in_their_kernel_and_as_the_reference_says(scheme):
     stack = jnp.asarray(rng.standard_normal((3, 96, 160)), jnp.float32)
     w = fp8jax.quantize(stack, scheme, row_groups=2 if scheme == "fp8_per_block" else 1)
     sizes, rows = jnp.asarray([5, 0, 9], jnp.int32), jnp.asarray(rng.integers(0, 17, 16), jnp.int32)
-    x = ops.quantize_activation(X, w.scheme.activation)  # once: the two quantizers may differ in a code
+    x = ops.quantize_activation(
+        X, w.scheme.activation
+    )  # once: the two quantizers may differ in a code
 
     def run(implementation):
-        return ops.grouped_scaled_matmul(x, w, sizes, rows=rows, out_dtype=jnp.float32, implementation=implementation)
+        return ops.grouped_scaled_matmul(
+            x, w, sizes, rows=rows, out_dtype=jnp.float32, implementation=implementation
+        )
 
     with on("NVIDIA H100 80GB HBM3"):
         assert any("grouped" in name for name in kernels_of(lambda: run("auto")))
     with interpreted_kernels():
         interpreted = run("triton")
-    assert relative_error(interpreted, run("xla")) < 1e-6  # the same codes, float32 sums in another order
+    assert (
+        relative_error(interpreted, run("xla")) < 1e-6
+    )  # the same codes, float32 sums in another order

@@ -1,4 +1,5 @@
-"""What a user gets from the repository: the wheel's files, a quick import, one line on an old Python."""
+"""What a user gets from the repository: the wheel's files, a quick import, one line on an old
+Python."""
 
 import os
 import re
@@ -15,19 +16,35 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 # Where each package lies in the checkout, and what it is called in the wheel.
-PACKAGE_FOLDERS = {"fp8jax": "fp8jax", "models": "fp8jax/models", "pallas_kernels": "fp8jax/pallas_kernels"}
+TOP_FOLDERS = ("fp8jax", "models", "pallas_kernels")
+PACKAGE_FOLDERS = {
+    "fp8jax": "fp8jax",
+    **{
+        f"fp8jax/{room}": f"fp8jax/{room}"
+        for room in ("checkpoints", "devtools", "evaluation", "ops")
+    },
+    "models": "fp8jax/models",
+    "pallas_kernels": "fp8jax/pallas_kernels",
+}
 
 
-def run(command: list[str], *, cwd: Path = ROOT, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+def run(
+    command: list[str], *, cwd: Path = ROOT, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command, cwd=cwd, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy to build in, so that the checkout stays clean, with a tuning table to see data files travel."""
+    """A copy to build in, so that the checkout stays clean, with a tuning table to see data files
+    travel."""
     folder = tmp_path_factory.mktemp("source")
-    for name in PACKAGE_FOLDERS:
-        shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in TOP_FOLDERS:
+        shutil.copytree(
+            ROOT / name, folder / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__")
+        )
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
     table = folder / "pallas_kernels" / "tuned" / "made_up_device" / "made_up_op.json"
@@ -50,7 +67,9 @@ def wheel_names(source: Path, tmp_path_factory: pytest.TempPathFactory) -> list[
     return build_wheel(source, tmp_path_factory.mktemp("wheel"))
 
 
-def test_wheel_holds_every_module_once_under_its_import_path(source: Path, wheel_names: list[str]) -> None:
+def test_wheel_holds_every_module_once_under_its_import_path(
+    source: Path, wheel_names: list[str]
+) -> None:
     expected = [
         f"{wheel_folder}/{file.name}"
         for folder, wheel_folder in PACKAGE_FOLDERS.items()
@@ -71,7 +90,9 @@ def test_wheel_holds_type_marker_licence_and_tuning_tables(wheel_names: list[str
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in wheel_names)
 
 
-def test_wheel_built_from_the_sdist_holds_the_same_files(source: Path, wheel_names: list[str], tmp_path: Path) -> None:
+def test_wheel_built_from_the_sdist_holds_the_same_files(
+    source: Path, wheel_names: list[str], tmp_path: Path
+) -> None:
     sdist_code = f"import setuptools.build_meta as backend; backend.build_sdist({str(tmp_path)!r})"
     built = run([sys.executable, "-c", sdist_code], cwd=source)
     assert built.returncode == 0, built.stderr
@@ -94,14 +115,20 @@ print(seconds, *sorted({"transformers", "torch", "orbax", "huggingface_hub"} & s
 def test_import_is_quick_and_leaves_transformers_alone() -> None:
     best = float("inf")
     for _ in range(5):
-        imported = run([sys.executable, "-c", IMPORT_SECONDS], env={**os.environ, "PYTHONPATH": str(ROOT)})
+        imported = run(
+            [sys.executable, "-c", IMPORT_SECONDS], env={**os.environ, "PYTHONPATH": str(ROOT)}
+        )
         assert imported.returncode == 0, imported.stderr
         seconds, *heavy = imported.stdout.split()
-        assert not heavy, f"import fp8jax imports {heavy}: import them inside the functions that need them"
+        assert not heavy, (
+            f"import fp8jax imports {heavy}: import them inside the functions that need them"
+        )
         best = min(best, float(seconds))
         if best < 1.5:  # best of 5, and one good run settles it
             return
-    pytest.fail(f"import fp8jax takes {best:.2f} s beyond import jax, wanted < 1.5 s")  # the promise of the project
+    pytest.fail(
+        f"import fp8jax takes {best:.2f} s beyond import jax, wanted < 1.5 s"
+    )  # the promise of the project
 
 
 def test_installed_subpackages_import_from_another_folder(tmp_path: Path) -> None:
@@ -138,9 +165,13 @@ def test_lint_bans_the_top_level_names(line: str, banned: bool) -> None:
 
 
 def test_constraints_pin_every_direct_dependency() -> None:
-    lines = [line.split("#")[0].strip() for line in (ROOT / "constraints.txt").read_text().splitlines()]
+    lines = [
+        line.split("#")[0].strip() for line in (ROOT / "constraints.txt").read_text().splitlines()
+    ]
     pins = [line for line in lines if line]
-    assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[0-9A-Za-z.]+", pin) for pin in pins), "only name==version lines"
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[0-9A-Za-z.]+", pin) for pin in pins), (
+        "only name==version lines"
+    )
     pinned = {re.sub(r"[-_.]+", "-", pin.split("==")[0]).lower() for pin in pins}
 
     project = PYPROJECT["project"]
@@ -156,7 +187,8 @@ exec "{python}" -c 'import sys; sys.version_info = {version}; exec(sys.argv[1])'
 
 
 def checkout_with_pythons(folder: Path, pythons: dict[str, str]) -> dict[str, str]:
-    """Lays what make reads into a folder and returns an environment whose PATH holds only the given interpreters."""
+    """Lays what make reads into a folder and returns an environment whose PATH holds only the given
+    interpreters."""
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, folder)
     programs = folder / "programs"
@@ -191,7 +223,9 @@ def test_interpreters_that_do_not_run_or_are_too_old_are_passed_over(tmp_path: P
         "python3": PRETEND_VERSION.format(python=sys.executable, version=(3, 11, 2)),
         "python": PRETEND_VERSION.format(python=sys.executable, version=(3, 13, 0)),
     }
-    planned = run([str(MAKE), "--dry-run", "test"], cwd=tmp_path, env=checkout_with_pythons(tmp_path, pythons))
+    planned = run(
+        [str(MAKE), "--dry-run", "test"], cwd=tmp_path, env=checkout_with_pythons(tmp_path, pythons)
+    )
     assert planned.returncode == 0, planned.stderr
     assert "creating .venv with python\n" in planned.stdout.replace('"', "")
 

@@ -1,4 +1,5 @@
-"""Which layer gets which scheme: the reference's rules, as executed with its own functions (see the design's semantics page)."""
+"""Which layer gets which scheme: the reference's rules, as executed with its own functions (see the
+design's semantics page)."""
 
 from typing import Any
 
@@ -87,7 +88,14 @@ def test_disagreeing_shards_are_named_with_the_entry_that_hit_them():
 
 
 @pytest.mark.parametrize(
-    "name", ["lm_head", "model.embed_tokens", "model.norm", L1 + "mlp.gate", L1 + "block_sparse_moe.router.layer"]
+    "name",
+    [
+        "lm_head",
+        "model.embed_tokens",
+        "model.norm",
+        L1 + "mlp.gate",
+        L1 + "block_sparse_moe.router.layer",
+    ],
 )
 def test_what_is_never_quantized(name):
     assert QuantizationConfig.parse("fp8_per_tensor").resolve(name, kind="linear") is None
@@ -119,10 +127,14 @@ def test_a_kind_has_its_override_or_the_global_scheme(scheme, mapping, linear, m
 
 
 def test_activation_tensor_applies_to_every_kind_under_fp8_per_tensor():
-    config = QuantizationConfig.parse("fp8_per_block", {"moe": "fp8_per_tensor", "activation": "tensor"})
+    config = QuantizationConfig.parse(
+        "fp8_per_block", {"moe": "fp8_per_tensor", "activation": "tensor"}
+    )
     assert config.moe is not None and config.moe.activation == "tensor"
     assert config.linear == FP8_PER_BLOCK
-    assert QuantizationConfig.parse("fp8_per_tensor", {"activation": "token"}).linear == FP8_PER_TENSOR
+    assert (
+        QuantizationConfig.parse("fp8_per_tensor", {"activation": "token"}).linear == FP8_PER_TENSOR
+    )
 
 
 @pytest.mark.parametrize(
@@ -178,7 +190,13 @@ def test_an_entry_that_matched_nothing_is_a_warning_with_what_may_be_meant(entry
 
 
 @pytest.mark.parametrize(
-    "entry", ["re:.*o_proj", "re:.*[qkv]_proj", L1 + "self_attn.qkv_proj", "lm_head", "re:.*experts"]
+    "entry",
+    ["re:.*o_proj", "re:.*[qkv]_proj", L1 + "self_attn.qkv_proj", "lm_head", "re:.*experts"],
 )
 def test_an_entry_that_matched_is_no_warning(entry):
-    assert QuantizationConfig.parse("fp8_per_block", {"ignore": [entry]}).unmatched(LAYERS, ["lm_head"]) == []
+    assert (
+        QuantizationConfig.parse("fp8_per_block", {"ignore": [entry]}).unmatched(
+            LAYERS, ["lm_head"]
+        )
+        == []
+    )

@@ -1,6 +1,8 @@
-"""The quantizing kernels, run by Pallas' interpreter on the CPU, against numpy in float64 and against their references.
+"""The quantizing kernels, run by Pallas' interpreter on the CPU, against numpy in float64 and
+against their references.
 
-Accesses outside an array become NaN (`strict_memory.py`), so every odd size below also shows that no margin is touched.
+Accesses outside an array become NaN (`strict_memory.py`), so every odd size below also shows that
+no margin is touched.
 """
 
 import jax
@@ -12,8 +14,14 @@ from strict_memory import strict_memory
 
 from fp8jax.pallas_kernels import quantize, rms_norm_quantize, silu_mul_quantize
 from fp8jax.pallas_kernels.quantize import quantize_activation_triton
-from fp8jax.pallas_kernels.rms_norm_quantize import rms_norm_quantize_reference, rms_norm_quantize_triton
-from fp8jax.pallas_kernels.silu_mul_quantize import silu_mul_quantize_reference, silu_mul_quantize_triton
+from fp8jax.pallas_kernels.rms_norm_quantize import (
+    rms_norm_quantize_reference,
+    rms_norm_quantize_triton,
+)
+from fp8jax.pallas_kernels.silu_mul_quantize import (
+    silu_mul_quantize_reference,
+    silu_mul_quantize_triton,
+)
 
 FLOOR = np.float32(1 / (448 * 512))
 GRANULARITIES = ("token", "group")
@@ -44,8 +52,9 @@ def steps_apart(codes, expected):
 
 def assert_same_codes(codes, expected):
     apart = steps_apart(codes, expected)
-    # A scale that is off by one unit in the last place moves a value over at most one rounding boundary,
-    # and does so for fewer than 0.2 % of the values; in these small arrays one value may be more than that.
+    # A scale that is off by one unit in the last place moves a value over at most one rounding
+    # boundary, and does so for fewer than 0.2 % of the values; in these small arrays one value may
+    # be more than that.
     assert apart.max() <= 1
     assert np.count_nonzero(apart) <= max(1, 0.002 * apart.size)
 
@@ -64,7 +73,8 @@ def quantized_by_numpy(x, granularity):
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize(
-    ("m", "k", "dtype"), [(1, 64, "bfloat16"), (5, 100, "float32"), (17, 1100, "bfloat16"), (2, 4112, "float16")]
+    ("m", "k", "dtype"),
+    [(1, 64, "bfloat16"), (5, 100, "float32"), (17, 1100, "bfloat16"), (2, 4112, "float16")],
 )
 def test_codes_and_scales_are_those_of_float64_arithmetic(m, k, dtype, granularity):
     x = normal(0, (m, k), dtype)
@@ -78,17 +88,29 @@ def test_codes_and_scales_are_those_of_float64_arithmetic(m, k, dtype, granulari
 def test_a_scale_is_amax_by_448_to_the_last_bit_for_every_mantissa():
     amax = (np.arange(2**23, dtype=np.uint32) | np.uint32(130 << 23)).view(np.float32)
     assert np.array_equal(jax.jit(quantize.scale_of)(amax), amax / np.float32(448))
-    for exponent in (-1, 0, 20, 127):  # scaling by a power of two is exact as long as nothing overflows
-        some = np.ldexp(np.float32(1) + np.arange(0, 2**23, 1013, dtype=np.float32) / np.float32(2**23), exponent)
+    for exponent in (
+        -1,
+        0,
+        20,
+        127,
+    ):  # scaling by a power of two is exact as long as nothing overflows
+        some = np.ldexp(
+            np.float32(1) + np.arange(0, 2**23, 1013, dtype=np.float32) / np.float32(2**23),
+            exponent,
+        )
         assert np.array_equal(jax.jit(quantize.scale_of)(some), some / np.float32(448))
     extremes = quantize.scale_of(jnp.asarray([0, 1e-40, np.inf, np.nan], jnp.float32))
-    assert np.array_equal(extremes, np.asarray([FLOOR, FLOOR, np.inf, np.nan], np.float32), equal_nan=True)
+    assert np.array_equal(
+        extremes, np.asarray([FLOOR, FLOOR, np.inf, np.nan], np.float32), equal_nan=True
+    )
 
 
 def test_group_scales_in_layout_gm_are_the_transposed_ones():
     x = normal(1, (5, 300))
     codes, scale = quantize_activation_triton(x, "group", interpret=True)
-    same_codes, transposed = quantize_activation_triton(x, "group", scale_layout="gm", interpret=True)
+    same_codes, transposed = quantize_activation_triton(
+        x, "group", scale_layout="gm", interpret=True
+    )
     assert transposed.shape == (3, 5)
     assert np.array_equal(transposed.T, scale)
     assert np.array_equal(steps_apart(codes, same_codes), np.zeros(codes.shape))
@@ -125,24 +147,38 @@ def test_a_row_does_not_depend_on_the_others():
     for granularity in GRANULARITIES:
         config = quantize.Config(block_m=4, block_k=256, num_warps=1)
         codes, scale = quantize_activation_triton(x, granularity, config=config, interpret=True)
-        alone, alone_scale = quantize_activation_triton(x[5:6], granularity, config=config, interpret=True)
-        assert np.array_equal(np.asarray(codes)[5:6].view(np.uint8), np.asarray(alone).view(np.uint8))
+        alone, alone_scale = quantize_activation_triton(
+            x[5:6], granularity, config=config, interpret=True
+        )
+        assert np.array_equal(
+            np.asarray(codes)[5:6].view(np.uint8), np.asarray(alone).view(np.uint8)
+        )
         assert np.array_equal(np.asarray(scale)[5:6], alone_scale)
 
 
 def rms_norm_by_numpy(stream, weight, epsilon):
     stream = np.asarray(stream, np.float64)
-    return stream / np.sqrt((stream**2).mean(axis=1, keepdims=True) + epsilon) * np.asarray(weight, np.float64)
+    return (
+        stream
+        / np.sqrt((stream**2).mean(axis=1, keepdims=True) + epsilon)
+        * np.asarray(weight, np.float64)
+    )
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize(("m", "h"), [(1, 64), (5, 300)])
 def test_rms_norm_quantize_is_add_norm_and_quantize_in_float64(m, h, granularity):
-    x, residual, weight = normal(0, (m, h), "float32"), normal(2, (m, h), "float32"), normal(4, (1, h), "float32")[0]
+    x, residual, weight = (
+        normal(0, (m, h), "float32"),
+        normal(2, (m, h), "float32"),
+        normal(4, (1, h), "float32")[0],
+    )
     stream, codes, scale = rms_norm_quantize_triton(
         x, weight, granularity, epsilon=1e-5, residual=residual, interpret=True
     )
-    assert np.array_equal(stream, np.asarray(x) + np.asarray(residual))  # one float32 addition is exactly rounded
+    assert np.array_equal(
+        stream, np.asarray(x) + np.asarray(residual)
+    )  # one float32 addition is exactly rounded
     y = rms_norm_by_numpy(stream, weight, 1e-5)
     expected_codes, expected_scale = quantized_by_numpy(y, granularity)
     # Four rounded float32 operations and a sum of h squares: well within 2^-20.
@@ -170,7 +206,8 @@ def test_rms_norm_quantize_rounds_to_bfloat16_where_the_layers_do(arguments):
     y = (wide * jax.lax.rsqrt(mean_square + jnp.float32(1e-5))).astype(x.dtype) * weight
     codes, scale = quantized_by_numpy(y.astype(jnp.float32), "token")
     assert np.array_equal(np.asarray(got[0]), np.asarray(stream))
-    # One value in bfloat16 steps of 2^-8: the amax may round differently if the mean square does in its last place.
+    # One value in bfloat16 steps of 2^-8: the amax may round differently if the mean square does in
+    # its last place.
     np.testing.assert_allclose(got[2], scale, rtol=2**-7)
     assert_same_codes(got[1], codes)
     reference = rms_norm_quantize_reference(x, weight, "token", epsilon=1e-5, **arguments)
@@ -183,7 +220,9 @@ def test_silu_mul_quantize_is_silu_times_up_in_float64(granularity):
     codes, scale = silu_mul_quantize_triton(gate_up, granularity, interpret=True)
     gate, up = np.split(np.asarray(gate_up, np.float64), 2, axis=1)
     with np.errstate(over="ignore"):  # exp(-gate) of a very negative gate is infinite and silu is 0
-        expected_codes, expected_scale = quantized_by_numpy(gate / (1 + np.exp(-gate)) * up, granularity)
+        expected_codes, expected_scale = quantized_by_numpy(
+            gate / (1 + np.exp(-gate)) * up, granularity
+        )
     # exp and three rounded float32 operations: within 2^-20.
     np.testing.assert_allclose(scale, expected_scale, rtol=2**-20)
     assert_same_codes(codes, expected_codes)
@@ -196,7 +235,8 @@ def test_silu_mul_quantize_in_bfloat16_equals_the_two_steps():
     y = (gate * jax.nn.sigmoid(gate) * up).astype(gate_up.dtype)
     two_steps, two_steps_scale = quantize_activation_triton(y, "group", interpret=True)
     assert_same_codes(codes, two_steps)
-    # One value in bfloat16 steps of 2^-8: y may round differently if the sigmoid does in its last place.
+    # One value in bfloat16 steps of 2^-8: y may round differently if the sigmoid does in its last
+    # place.
     np.testing.assert_allclose(scale.T, two_steps_scale, rtol=2**-7)
     assert_same_codes(codes, silu_mul_quantize_reference(gate_up, "group")[0])
 
@@ -210,12 +250,16 @@ def test_partial_sums_are_added_and_rounded_before_anything_else():
             given, weight, "token", epsilon=1e-6, residual=residual, dtype=dtype, interpret=True
         )
         assert np.array_equal(np.asarray(fused[0]), np.asarray(whole + residual))
-    without_residual = rms_norm_quantize_triton(parts, weight, "token", epsilon=1e-6, dtype="bfloat16", interpret=True)
+    without_residual = rms_norm_quantize_triton(
+        parts, weight, "token", epsilon=1e-6, dtype="bfloat16", interpret=True
+    )
     assert np.array_equal(np.asarray(without_residual[0]), np.asarray(whole))
     from_parts = silu_mul_quantize_triton(parts, "group", dtype="bfloat16", interpret=True)
     from_whole = silu_mul_quantize_triton(whole, "group", interpret=True)
     assert_same_codes(from_parts[0], from_whole[0])
-    assert_same_codes(from_parts[0], silu_mul_quantize_reference(parts, "group", dtype="bfloat16")[0])
+    assert_same_codes(
+        from_parts[0], silu_mul_quantize_reference(parts, "group", dtype="bfloat16")[0]
+    )
 
 
 @pytest.mark.parametrize(
@@ -229,7 +273,7 @@ def test_partial_sums_are_added_and_rounded_before_anything_else():
     ],
 )
 def test_unsupported_cases_say_why(m, k, dtype, granularity, reason):
-    assert reason in (quantize.supported(m, k, dtype, granularity) or "")
+    assert reason in (quantize.why_not(m, k, dtype, granularity) or "")
     if m * k < 2**20:
         with pytest.raises(NotImplementedError, match=reason):
             quantize_activation_triton(jnp.zeros((m, k), dtype), granularity, interpret=True)
@@ -247,7 +291,9 @@ def test_configs_and_shapes_that_do_not_fit_are_errors():
     with pytest.raises(ValueError, match="multiple of 128"):
         quantize_activation_triton(x, "group", config=narrow, interpret=True)
     with pytest.raises(ValueError, match=r"weight must be \[256\]"):
-        rms_norm_quantize_triton(x, jnp.zeros((128,), jnp.bfloat16), "token", epsilon=1e-5, interpret=True)
+        rms_norm_quantize_triton(
+            x, jnp.zeros((128,), jnp.bfloat16), "token", epsilon=1e-5, interpret=True
+        )
     with pytest.raises(ValueError, match="odd width"):
         silu_mul_quantize_triton(x[:, :255], "token", interpret=True)
 
@@ -268,16 +314,25 @@ def test_on_a_gpu_the_kernels_agree_with_their_references(m, k, granularity):
     x, residual, weight = normal(0, (m, k)), normal(1, (m, k)), normal(2, (1, k))[0]
     gate_up = normal(3, (m, 2 * k))
     pairs = [
-        (quantize_activation_triton(x, granularity), quantize.quantize_activation_reference(x, granularity)),
-        (silu_mul_quantize_triton(gate_up, granularity), silu_mul_quantize_reference(gate_up, granularity)),
+        (
+            quantize_activation_triton(x, granularity),
+            quantize.quantize_activation_reference(x, granularity),
+        ),
+        (
+            silu_mul_quantize_triton(gate_up, granularity),
+            silu_mul_quantize_reference(gate_up, granularity),
+        ),
         (
             rms_norm_quantize_triton(x, weight, granularity, epsilon=1e-5, residual=residual)[1:],
-            rms_norm_quantize_reference(x, weight, granularity, epsilon=1e-5, residual=residual)[1:],
+            rms_norm_quantize_reference(x, weight, granularity, epsilon=1e-5, residual=residual)[
+                1:
+            ],
         ),
     ]
     for (codes, scale), (expected_codes, expected_scale) in pairs:
         assert_same_codes(codes, expected_codes)
-        # The amax itself may land one bfloat16 step of 2^-8 away where exp and rsqrt are approximate.
+        # The amax itself may land one bfloat16 step of 2^-8 away where exp and rsqrt are
+        # approximate.
         np.testing.assert_allclose(scale, expected_scale, rtol=2**-7)
 
 

@@ -1,4 +1,5 @@
-"""A model runs where JAX is told not to add dimensions by itself (`JAX_NUMPY_RANK_PROMOTION=raise`), as strict projects do."""
+"""A model runs where JAX is told not to add dimensions by itself
+(`JAX_NUMPY_RANK_PROMOTION=raise`), as strict projects do."""
 
 import jax
 import pytest
@@ -23,7 +24,10 @@ def test_loading_logits_and_generation_name_every_dimension(variant, scheme):
 
 @pytest.mark.parametrize(
     "variant, scheme",
-    [("llama_bias_headdim", "fp8_per_tensor"), pytest.param("qwen3_moe", "fp8_per_block", marks=pytest.mark.slow)],
+    [
+        ("llama_bias_headdim", "fp8_per_tensor"),
+        pytest.param("qwen3_moe", "fp8_per_block", marks=pytest.mark.slow),
+    ],
 )
 def test_kernels_do_too(variant, scheme):
     token_ids = golden(variant)["token_ids"]

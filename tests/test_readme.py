@@ -1,4 +1,5 @@
-"""README's examples run as they stand, in order, with a tiny checkpoint in place of those it names."""
+"""README's examples run as they stand, in order, with a tiny checkpoint in place of those it
+names."""
 
 import re
 from pathlib import Path
@@ -36,7 +37,8 @@ def test_examples_run_and_show_what_is_public(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    "name", "generate stream chat score logits weight prefill decode_step Sampling evaluation quantize spawn".split()
+    "name",
+    "generate stream chat score logits weight prefill decode_step Sampling evaluation quantize spawn".split(),
 )
 def test_readme_names(name):
     assert re.search(rf"\b{name}\b", README)

@@ -1,7 +1,8 @@
-"""config.json of popular checkpoints, as published, against torch transformers; or refused by the name of a field.
+"""config.json of popular checkpoints, as published, against torch transformers; or refused by the
+name of a field.
 
-The files stand in tests/data/configs with a README; scripts/real_configs.py shrinks them and says what the weights are,
-scripts/make_config_goldens.py computed the logits.
+The files stand in tests/data/configs with a README; scripts/real_configs.py shrinks them and says
+what the weights are, scripts/make_config_goldens.py computed the logits.
 """
 
 import functools
@@ -36,22 +37,31 @@ def test_a_published_config_gives_the_logits_of_torch(name, tmp_path, script):
     config = rules.shrunk(rules.real_configs()[name].published)
     tensors = rules.read_names(goldens()[f"tensors.{goldens()[f'{name}.tensors']}"])
     (tmp_path / "config.json").write_text(json.dumps(config))
-    save_file({key: rules.tensor(key, shape) for key, shape in tensors.items()}, tmp_path / "model.safetensors")
+    save_file(
+        {key: rules.tensor(key, shape) for key, shape in tensors.items()},
+        tmp_path / "model.safetensors",
+    )
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         lm = fp8jax.load_quantized(tmp_path, None, dtype="float32")
-    # Not compiled: the models share their shapes, so their operations are compiled once, not 76 times.
+    # Not compiled: the models share their shapes, so their operations are compiled once, not 76
+    # times.
     logits = lm.model(rules.token_ids(config))[0, -rules.KEPT :]
     assert rules.relative_difference(logits, goldens()[f"{name}.logits"]) < 1e-5
 
 
 @pytest.mark.parametrize("name, field", REFUSED.items())
-def test_a_published_config_that_asks_for_something_else_is_refused_by_name(name, field, tmp_path, script):
+def test_a_published_config_that_asks_for_something_else_is_refused_by_name(
+    name, field, tmp_path, script
+):
     rules = script("real_configs")
     config = rules.shrunk(rules.real_configs()[name].published)
     (tmp_path / "config.json").write_text(json.dumps(config))
-    norms = [f"model.layers.{layer}.input_layernorm.weight" for layer in range(config["num_hidden_layers"])]
+    norms = [
+        f"model.layers.{layer}.input_layernorm.weight"
+        for layer in range(config["num_hidden_layers"])
+    ]
     save_file({norm: rules.tensor(norm, (64,)) for norm in norms}, tmp_path / "model.safetensors")
     with pytest.raises((ValueError, NotImplementedError), match=field):
         fp8jax.load_quantized(tmp_path, None, dtype="float32")

@@ -1,4 +1,5 @@
-"""The rope of a config.json: which table counts, frequencies against torch transformers, and how long the context is."""
+"""The rope of a config.json: which table counts, frequencies against torch transformers, and how
+long the context is."""
 
 from typing import Any
 
@@ -6,7 +7,7 @@ import numpy as np
 import pytest
 
 from fp8jax.models import DecoderConfig, read_decoder_config
-from fp8jax.rotary_embedding import Rope
+from fp8jax.models.rotary_embedding import Rope
 
 SHAPE = {
     "model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 96,
@@ -23,11 +24,39 @@ def read(told: list[str] | None = None, /, **changes: Any) -> DecoderConfig:
     return read_decoder_config(raw, dtype="float32", told=told)
 
 
-PLAIN = [1.0, 0.42169651, 0.17782794, 0.074989416, 0.031622779, 0.013335215, 0.0056234132, 0.0023713738]
-YARNED = [1.0, 0.31627238, 0.08891397, 0.018747354, 0.0079056947, 0.0033338037, 0.0014058533, 0.00059284345]
+PLAIN = [
+    1.0,
+    0.42169651,
+    0.17782794,
+    0.074989416,
+    0.031622779,
+    0.013335215,
+    0.0056234132,
+    0.0023713738,
+]
+YARNED = [
+    1.0,
+    0.31627238,
+    0.08891397,
+    0.018747354,
+    0.0079056947,
+    0.0033338037,
+    0.0014058533,
+    0.00059284345,
+]
 UNTRUNCATED = [1.0, 0.30403566, 0.078593604, *YARNED[3:]]
-STEP = [1.0, 0.42169651, 0.022228492, 0.009373677, 0.0039528473, 0.0016669019, 0.00070292666, 0.00029642173]
-# A table, and what LlamaRotaryEmbedding of torch transformers 5.23 makes of it with theta 1000: inv_freq, attention_scaling.
+STEP = [
+    1.0,
+    0.42169651,
+    0.022228492,
+    0.009373677,
+    0.0039528473,
+    0.0016669019,
+    0.00070292666,
+    0.00029642173,
+]
+# A table, and what LlamaRotaryEmbedding of torch transformers 5.23 makes of it with theta 1000:
+# inv_freq, attention_scaling.
 FROM_TORCH = [
     ({"rope_type": "default"}, PLAIN, 1),
     ({"rope_type": "dynamic", "factor": 4.0}, PLAIN, 1),
@@ -52,7 +81,16 @@ FROM_TORCH = [
     (YARN | {"finetuned": True}, YARNED, 1.13862944),
     (
         YARN | {"factor": 0.5},
-        [1.0, 0.56226206, 0.29637989, 0.14997883, 0.063245557, 0.02667043, 0.011246826, 0.0047427476],
+        [
+            1.0,
+            0.56226206,
+            0.29637989,
+            0.14997883,
+            0.063245557,
+            0.02667043,
+            0.011246826,
+            0.0047427476,
+        ],
         1,
     ),
 ]
@@ -73,7 +111,11 @@ TABLES = [  # fields, rope type, theta
     ({"rope_scaling": None, "rope_parameters": INNER, "rope_theta": 77}, "default", 500),
     ({"rope_scaling": LINEAR, "rope_parameters": INNER}, "linear", 10000),
     ({"rope_scaling": LINEAR, "rope_parameters": INNER, "rope_theta": 77}, "linear", 77),
-    ({"rope_scaling": LINEAR | {"rope_theta": 88}, "rope_parameters": INNER, "rope_theta": 77}, "linear", 88),
+    (
+        {"rope_scaling": LINEAR | {"rope_theta": 88}, "rope_parameters": INNER, "rope_theta": 77},
+        "linear",
+        88,
+    ),
     ({"rope_scaling": LINEAR | {"rope_type": "dynamic"}}, "dynamic", 10000),
     ({}, "default", 10000),
 ]
@@ -86,8 +128,15 @@ def test_the_table_that_counts_brings_its_own_theta(fields, rope_type, theta):
 
 
 def test_the_original_context_at_top_level_wins():
-    assert read(rope_scaling=YARN, original_max_position_embeddings=32).rope.original_max_position_embeddings == 32
-    assert read(original_max_position_embeddings=32) == read()  # with a rope that is not scaled, it says nothing
+    assert (
+        read(
+            rope_scaling=YARN, original_max_position_embeddings=32
+        ).rope.original_max_position_embeddings
+        == 32
+    )
+    assert (
+        read(original_max_position_embeddings=32) == read()
+    )  # with a rope that is not scaled, it says nothing
 
 
 CARD = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
@@ -96,13 +145,26 @@ CONTEXTS = [  # fields, context
     ({"max_position_embeddings": ...}, 2048),
     ({"max_position_embeddings": 32768, "rope_scaling": CARD}, 131072),  # Qwen2.5's model card
     ({"max_position_embeddings": 40960, "rope_scaling": CARD}, 131072),  # Qwen3's
-    ({"max_position_embeddings": 131072, "rope_scaling": CARD}, 131072),  # DeepSeek-R1-0528-Qwen3-8B
     (
-        {"max_position_embeddings": 4096, "rope_scaling": LINEAR | {"factor": 4.0}, "max_sequence_length": 16384},
+        {"max_position_embeddings": 131072, "rope_scaling": CARD},
+        131072,
+    ),  # DeepSeek-R1-0528-Qwen3-8B
+    (
+        {
+            "max_position_embeddings": 4096,
+            "rope_scaling": LINEAR | {"factor": 4.0},
+            "max_sequence_length": 16384,
+        },
         16384,
     ),  # Vicuna-16k
     ({"max_position_embeddings": 2048, "max_sequence_length": 4096}, 2048),  # nothing is stretched
-    ({"max_position_embeddings": 131072, "rope_scaling": LLAMA3 | {"original_max_position_embeddings": 8192}}, 131072),
+    (
+        {
+            "max_position_embeddings": 131072,
+            "rope_scaling": LLAMA3 | {"original_max_position_embeddings": 8192},
+        },
+        131072,
+    ),
 ]
 
 
@@ -122,7 +184,8 @@ def test_dual_chunk_attention_is_plain_attention_up_to_where_the_chunks_begin():
     assert config.max_position_embeddings == 262144
     assert len(told) == 1 and "up to 262144 tokens it is plain attention" in told[0]
     with pytest.raises(
-        ValueError, match=r"dual_chunk_attention_config\.original_max_position_embeddings None is wrong"
+        ValueError,
+        match=r"dual_chunk_attention_config\.original_max_position_embeddings None is wrong",
     ):
         read(dual_chunk_attention_config={"chunk_size": 8})
 
@@ -132,11 +195,16 @@ def test_attn_factor_is_ignored_as_transformers_ignores_it_and_that_is_told_once
     # DeepSeek-R1-0528-Qwen3-8B
     rope = read(told, rope_scaling=YARN | {"attn_factor": 0.8782488562869419}).rope
     assert rope == read(rope_scaling=YARN).rope
-    assert len(told) == 1 and "rope_scaling.attn_factor 0.878" in told[0] and "multiplied by 1.139" in told[0]
+    assert (
+        len(told) == 1
+        and "rope_scaling.attn_factor 0.878" in told[0]
+        and "multiplied by 1.139" in told[0]
+    )
 
 
 @pytest.mark.parametrize(
-    "fields", [{"partial_rotary_factor": 0.5}, {"rope_parameters": INNER | {"partial_rotary_factor": 0.5}}]
+    "fields",
+    [{"partial_rotary_factor": 0.5}, {"rope_parameters": INNER | {"partial_rotary_factor": 0.5}}],
 )
 def test_a_partial_rotary_factor_turns_whole_heads_as_in_transformers(fields):
     told = []
@@ -144,19 +212,27 @@ def test_a_partial_rotary_factor_turns_whole_heads_as_in_transformers(fields):
     assert config.rope.rotary_dim == config.head_dim == 16
     assert len(told) == 1 and "partial_rotary_factor 0.5 is ignored" in told[0]
     with pytest.raises(ValueError, match=r"partial_rotary_factor 0\.5 is wrong: expected 1"):
-        read(rope_scaling=LINEAR, partial_rotary_factor=0.5)  # with a scaled rope, transformers fails
+        read(
+            rope_scaling=LINEAR, partial_rotary_factor=0.5
+        )  # with a scaled rope, transformers fails
 
 
 def test_fields_of_another_rope_type_are_told_about_and_unknown_ones_refused():
     told = []
     assert read(told, rope_scaling=LINEAR | {"beta_fast": 3}).rope == read(rope_scaling=LINEAR).rope
-    assert len(told) == 1 and "rope_scaling.beta_fast changes nothing with rope type 'linear'" in told[0]
+    assert (
+        len(told) == 1
+        and "rope_scaling.beta_fast changes nothing with rope type 'linear'" in told[0]
+    )
     with pytest.raises(
-        ValueError, match=r"rope_scaling\.warp: 0 is nothing that rope type 'linear' computes with; known: factor"
+        ValueError,
+        match=r"rope_scaling\.warp: 0 is nothing that rope type 'linear' computes with; known: factor",
     ):
         read(rope_scaling=LINEAR | {"warp": 0})
     for key, value in [("rope_type", "longrope"), ("type", "mrope")]:
-        with pytest.raises(ValueError, match=f"rope_scaling.{key} '{value}' is not implemented; known: .*llama3"):
+        with pytest.raises(
+            ValueError, match=f"rope_scaling.{key} '{value}' is not implemented; known: .*llama3"
+        ):
             read(rope_scaling={key: value, "factor": 2.0})
 
 
@@ -173,7 +249,9 @@ def outcome(table: dict) -> tuple[str, Rope | None]:
         return str(error), None
 
 
-@pytest.mark.parametrize("table", [{"rope_type": "default"}, LINEAR, LINEAR | {"type": "dynamic"}, LLAMA3, YARN])
+@pytest.mark.parametrize(
+    "table", [{"rope_type": "default"}, LINEAR, LINEAR | {"type": "dynamic"}, LLAMA3, YARN]
+)
 def test_an_odd_value_in_a_table_is_computed_with_or_refused_by_name(table):
     keys = {
         *LLAMA3,
@@ -190,7 +268,11 @@ def test_an_odd_value_in_a_table_is_computed_with_or_refused_by_name(table):
     for key in keys | {"partial_rotary_factor"}:
         for value in ODD:
             text, rope = outcome(table | {key: value})
-            assert key in text if rope is None else np.isfinite([*rope.frequencies(), rope.multiplier()]).all(), (
+            assert (
+                key in text
+                if rope is None
+                else np.isfinite([*rope.frequencies(), rope.multiplier()]).all()
+            ), (
                 key,
                 value,
             )

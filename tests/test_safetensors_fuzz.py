@@ -1,13 +1,17 @@
-"""Ten thousand damaged checkpoints: each is refused with a `CheckpointError`, or read correctly; nothing third.
+"""Ten thousand damaged checkpoints: each is refused with a `CheckpointError`, or read correctly;
+nothing third.
 
-Two independent witnesses judge every file: the official reader (`safetensors.deserialize` and `safe_open`) and a parser
-of five lines below. What we accept, both must read to the same bytes; what we refuse although the official reader
-takes it must be one of the few things that we refuse on purpose. Each file also has a limit on time and on memory.
+Two independent witnesses judge every file: the official reader (`safetensors.deserialize` and
+`safe_open`) and a parser of five lines below. What we accept, both must read to the same bytes;
+what we refuse although the official reader takes it must be one of the few things that we refuse on
+purpose. Each file also has a limit on time and on memory.
 
-A file is described by a few bytes, its genome: which sound file to start from, and up to three kinds of damage with
-their places and values. Hypothesis chooses and shrinks the genome; one draw a file keeps ten thousand of them quick.
+A file is described by a few bytes, its genome: which sound file to start from, and up to three
+kinds of damage with their places and values. Hypothesis chooses and shrinks the genome; one draw a
+file keeps ten thousand of them quick.
 
-`FP8JAX_FUZZ_FILES` sets the number of files (default 11500). The choice of files is the same in every run.
+`FP8JAX_FUZZ_FILES` sets the number of files (default 11500). The choice of files is the same in
+every run.
 """
 
 import json
@@ -31,15 +35,23 @@ import safetensors.numpy
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from fp8jax.checkpoint import Checkpoint, CheckpointError
+from fp8jax.checkpoints.folder import Checkpoint, CheckpointError
 
-FILES = int(os.environ.get("FP8JAX_FUZZ_FILES", "11500"))  # about one in eight repeats another: 10 000 different ones
+FILES = int(
+    os.environ.get("FP8JAX_FUZZ_FILES", "11500")
+)  # about one in eight repeats another: 10 000 different ones
 
-# What the official reader accepts and we refuse: keys it never sees twice, names no one can use, shapes that NumPy
-# cannot hold, values packed into parts of a byte.
-STRICTER = ("occurs twice", "a name must be", "larger than any array", "at most 64 can be held", "packs several values")
-# The other way round, none of it in the value of a tensor: "-0" is an integer to Python, and JSON in a field that
-# nobody reads may be nested deeper or hold larger numbers.
+# What the official reader accepts and we refuse: keys it never sees twice, names no one can use,
+# shapes that NumPy cannot hold, values packed into parts of a byte.
+STRICTER = (
+    "occurs twice",
+    "a name must be",
+    "larger than any array",
+    "at most 64 can be held",
+    "packs several values",
+)
+# The other way round, none of it in the value of a tensor: "-0" is an integer to Python, and JSON
+# in a field that nobody reads may be nested deeper or hold larger numbers.
 LOOSER = ("`-0.0`, expected usize", "recursion limit", "number out of range")
 
 Tensors = dict[str, tuple[str, tuple[int, ...], bytes]]  # name -> dtype in the file, shape, bytes
@@ -47,7 +59,9 @@ Entries = list[tuple[str, Any]]  # a header as pairs, so that a name can occur t
 
 
 def to_bytes(entries: Entries, data: bytes, *, length_error: int = 0) -> bytes:
-    raw = ("{" + ",".join(f"{json.dumps(name)}:{json.dumps(entry)}" for name, entry in entries) + "}").encode()
+    raw = (
+        "{" + ",".join(f"{json.dumps(name)}:{json.dumps(entry)}" for name, entry in entries) + "}"
+    ).encode()
     return max(0, len(raw) + length_error).to_bytes(8, "little") + raw + data
 
 
@@ -56,7 +70,10 @@ def five_line_parser(content: bytes) -> Tensors:
     header, data = json.loads(content[8 : 8 + length]), content[8 + length :]
     header.pop("__metadata__", None)
     spans = {name: entry["data_offsets"] for name, entry in header.items()}
-    return {n: (e["dtype"], tuple(e["shape"]), data[spans[n][0] : spans[n][1]]) for n, e in header.items()}
+    return {
+        n: (e["dtype"], tuple(e["shape"]), data[spans[n][0] : spans[n][1]])
+        for n, e in header.items()
+    }
 
 
 def official_reader(content: bytes) -> Tensors | str:
@@ -80,11 +97,20 @@ def seed_files() -> list[bytes]:
         "empty": np.zeros((0, 4), np.float16),
     }
     two = {"x": np.arange(4, dtype=np.int16), "y": np.ones((2, 3), ml_dtypes.float8_e5m2)}
-    odd = to_bytes([("x", {"dtype": "F16", "shape": [2], "data_offsets": [0, 4]}), ("__metadata__", None)], b"\1\2\3\4")
-    parts = [f"model.layers.{i}.{part}_proj.weight" for i in range(3) for part in ("q", "k", "up", "down")]
+    odd = to_bytes(
+        [("x", {"dtype": "F16", "shape": [2], "data_offsets": [0, 4]}), ("__metadata__", None)],
+        b"\1\2\3\4",
+    )
+    parts = [
+        f"model.layers.{i}.{part}_proj.weight"
+        for i in range(3)
+        for part in ("q", "k", "up", "down")
+    ]
     model = {part: rng.standard_normal((16, 8)).astype(ml_dtypes.bfloat16) for part in parts}
     reverse = {part: model[part].astype(np.float32)[:1] for part in reversed(parts[:5])}
-    files = [safetensors.numpy.save(tensors, {"format": "pt"}) for tensors in (mixed, model, reverse)]
+    files = [
+        safetensors.numpy.save(tensors, {"format": "pt"}) for tensors in (mixed, model, reverse)
+    ]
     return [*files, safetensors.numpy.save(two), odd, to_bytes([], b"")]
 
 
@@ -109,7 +135,8 @@ class Genome:
 GENOMES = st.binary(min_size=33, max_size=33)
 
 
-# --- damage ------------------------------------------------------------------------------------------------------
+# --- damage
+# ------------------------------------------------------------------------------------------------------
 
 
 def damage_bytes(content: bytes, kind_number: int, place: int, size: int, fill: bytes) -> bytes:
@@ -133,13 +160,25 @@ def damage_bytes(content: bytes, kind_number: int, place: int, size: int, fill: 
     if kind == "splice":
         return content[:at] + other[place % (len(other) + 1) :]
     if kind == "length":
-        return ((int.from_bytes(content[:8], "little") + size % 64 - 32) % 2**64).to_bytes(8, "little") + content[8:]
+        return ((int.from_bytes(content[:8], "little") + size % 64 - 32) % 2**64).to_bytes(
+            8, "little"
+        ) + content[8:]
     if kind == "absurd length":
         return (size << (place % 48)).to_bytes(8, "little") + content[8:]
     return content
 
 
-BYTE_DAMAGE = ["flip", "overwrite", "insert", "delete", "cut", "double", "splice", "length", "absurd length"]
+BYTE_DAMAGE = [
+    "flip",
+    "overwrite",
+    "insert",
+    "delete",
+    "cut",
+    "double",
+    "splice",
+    "length",
+    "absurd length",
+]
 NUMBERS = [
     0,
     1,
@@ -181,7 +220,18 @@ DTYPE_NAMES = [
     "I16",
 ]
 ODD_DTYPES = ["F4", "F6_E2M3", "f32", "", "F8", None, 8, ["F32"], {"F32": 1}]
-NAMES = ["x", "a", "", "\0", "\ud800", "__metadata__", "重み", "n" * 300, "model.norm.weight", "\x1b[31m"]
+NAMES = [
+    "x",
+    "a",
+    "",
+    "\0",
+    "\ud800",
+    "__metadata__",
+    "重み",
+    "n" * 300,
+    "model.norm.weight",
+    "\x1b[31m",
+]
 EXTRAS = [None, 1.5, {"k": [1, {"l": "m"}]}, [[[[[[]]]]]], "s" * 100, {"dtype": "F32"}]
 
 
@@ -189,8 +239,11 @@ def is_small(value: Any) -> bool:
     return isinstance(value, int | float) and abs(value) < 1e6
 
 
-def damage_header(entries: Entries, kind_number: int, which: int, value: int, fill: bytes) -> Entries:
-    """Changes one entry of a header while the JSON stays JSON, to reach the checks behind the parser."""
+def damage_header(
+    entries: Entries, kind_number: int, which: int, value: int, fill: bytes
+) -> Entries:
+    """Changes one entry of a header while the JSON stays JSON, to reach the checks behind the
+    parser."""
     kind, number = HEADER_DAMAGE[kind_number % len(HEADER_DAMAGE)], NUMBERS[fill[0] % len(NUMBERS)]
     if not entries:
         return [(NAMES[which % len(NAMES)], {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]})]
@@ -214,14 +267,31 @@ def damage_header(entries: Entries, kind_number: int, which: int, value: int, fi
         elif isinstance(numbers[at], int | float):
             numbers[at] += value % 3 - 1
         new = [(name, fields | {kind: numbers if value % 11 else number})]
-    elif kind == "both" and isinstance(fields.get("data_offsets"), list):  # an entry that stays true to itself
-        new = [(name, {"dtype": "U8", "shape": [value % 9], "data_offsets": [value % 60, value % 60 + value % 9]})]
+    elif kind == "both" and isinstance(
+        fields.get("data_offsets"), list
+    ):  # an entry that stays true to itself
+        new = [
+            (
+                name,
+                {
+                    "dtype": "U8",
+                    "shape": [value % 9],
+                    "data_offsets": [value % 60, value % 60 + value % 9],
+                },
+            )
+        ]
     elif kind == "transpose":
         new = [(name, fields | {"shape": shape[::-1]})]
     elif kind == "alike":  # equal in Python, another thing in JSON
         field = ["shape", "data_offsets"][value % 2]
         numbers = fields[field] if isinstance(fields.get(field), list) else []
-        new = [(name, fields | {field: [bool(n) if n in (0, 1) else float(n) for n in numbers if is_small(n)]})]
+        new = [
+            (
+                name,
+                fields
+                | {field: [bool(n) if n in (0, 1) else float(n) for n in numbers if is_small(n)]},
+            )
+        ]
     elif kind == "ones":
         new = [(name, fields | {"shape": [1] * (value % 80) + shape})]
     elif kind == "name":
@@ -244,7 +314,9 @@ def damage_header(entries: Entries, kind_number: int, which: int, value: int, fi
         return swapped
     elif kind == "move":
         return entries[:i] + entries[i + 1 :] + [entries[i]]
-    return entries[:i] + new + entries[i + 1 :]  # "delete", and what a kind does not apply to, leaves `new` empty
+    return (
+        entries[:i] + new + entries[i + 1 :]
+    )  # "delete", and what a kind does not apply to, leaves `new` empty
 
 
 HEADER_DAMAGE = [
@@ -253,11 +325,13 @@ HEADER_DAMAGE = [
 ]  # fmt: skip
 
 
-# --- judging -----------------------------------------------------------------------------------------------------
+# --- judging
+# -----------------------------------------------------------------------------------------------------
 
 
 def open_and_read(folder: Path) -> Tensors | str:
-    """What fp8jax reads of a folder, or its complaint; holds the reader to a memory limit either way."""
+    """What fp8jax reads of a folder, or its complaint; holds the reader to a memory limit either
+    way."""
     size = sum(file.stat().st_size for file in folder.iterdir())
     tracemalloc.start()
     try:
@@ -272,7 +346,9 @@ def open_and_read(folder: Path) -> Tensors | str:
         assert len(result.encode()) < 20_000  # it can be shown: valid Unicode, of bounded length
     finally:
         tracemalloc.stop()
-    assert peak < 500_000 + 100 * size  # parsed JSON is some 30 times its text; 8 bytes can claim 10**19
+    assert (
+        peak < 500_000 + 100 * size
+    )  # parsed JSON is some 30 times its text; 8 bytes can claim 10**19
     return result
 
 
@@ -285,16 +361,21 @@ DTYPE_OF = {
 
 
 def judge(folder: Path, content: bytes) -> str:
-    """Writes one damaged file, reads it with all readers, and returns whether it was accepted or refused."""
+    """Writes one damaged file, reads it with all readers, and returns whether it was accepted or
+    refused."""
     path = folder / "model.safetensors"
     path.write_bytes(content)
     ours, official = open_and_read(folder), official_reader(content)
     if isinstance(ours, str):
-        assert isinstance(official, str) or any(reason in ours for reason in STRICTER), f"refused without cause: {ours}"
+        assert isinstance(official, str) or any(reason in ours for reason in STRICTER), (
+            f"refused without cause: {ours}"
+        )
         return "refused"
     assert ours == five_line_parser(content)
     if isinstance(official, str):
-        assert any(reason in official for reason in LOOSER), f"accepted although malformed: {official}"
+        assert any(reason in official for reason in LOOSER), (
+            f"accepted although malformed: {official}"
+        )
         return "accepted"
     assert ours == official
     with safetensors.safe_open(path, "np") as opened:
@@ -305,8 +386,15 @@ def judge(folder: Path, content: bytes) -> str:
     return "accepted"
 
 
-def fuzz(share: float, damage: Callable[[Genome], bytes], judge: Callable[[bytes], str], *, fewest: int = 1) -> None:
-    """Damages and judges a share of all files; checks that so many were, most differ, and both endings were reached."""
+def fuzz(
+    share: float,
+    damage: Callable[[Genome], bytes],
+    judge: Callable[[bytes], str],
+    *,
+    fewest: int = 1,
+) -> None:
+    """Damages and judges a share of all files; checks that so many were, most differ, and both
+    endings were reached."""
     examples = max(1, int(share * FILES))
     endings: Counter[str] = Counter()
     different: set[bytes] = set()
@@ -329,15 +417,22 @@ def fuzz(share: float, damage: Callable[[Genome], bytes], judge: Callable[[bytes
     print(f"{endings.total()} files, {len(different)} different: {dict(endings)}")
     assert endings.total() >= examples
     if examples >= 100:
-        assert len(different) >= 0.7 * examples  # 0.75 to 0.95 when this was written; less would be a broken generator
-        assert min(endings["accepted"], endings["refused"]) >= examples // 100  # otherwise one half went untested
+        assert (
+            len(different) >= 0.7 * examples
+        )  # 0.75 to 0.95 when this was written; less would be a broken generator
+        assert (
+            min(endings["accepted"], endings["refused"]) >= examples // 100
+        )  # otherwise one half went untested
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Iterator[Path]:
-    """A folder with a configuration; in memory where the system has such a place, as it is written to so often."""
+    """A folder with a configuration; in memory where the system has such a place, as it is written
+    to so often."""
     memory = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else tmp_path) as name:
+    with tempfile.TemporaryDirectory(
+        dir=memory if os.access(memory, os.W_OK) else tmp_path
+    ) as name:
         Path(name, "config.json").write_text("{}")
         yield Path(name)
 
@@ -373,7 +468,11 @@ def test_folders_with_a_damaged_index_are_refused_or_read_correctly(folder: Path
     for file, content in shards.items():
         (folder / file).write_bytes(content)
     right = {"x": "s1.safetensors", "y": "s1.safetensors", "z": "s2.safetensors"}
-    expected = {name: tensor for content in shards.values() for name, tensor in five_line_parser(content).items()}
+    expected = {
+        name: tensor
+        for content in shards.values()
+        for name, tensor in five_line_parser(content).items()
+    }
     names = ["x", "y", "z", "w", "", "\ud800", "\0"]
     files = [
         "s1.safetensors",
@@ -388,8 +487,17 @@ def test_folders_with_a_damaged_index_are_refused_or_read_correctly(folder: Path
     files += ["config.json", 1, []]
 
     def damage(genome: Genome) -> bytes:
-        kind, name, file = genome.choices[0] % 4, names[genome.choices[1] % 7], files[genome.choices[2] % len(files)]
-        weight_map: Any = [right, right | {name: file}, {n: right[n] for n in right if n != name}, file][kind]
+        kind, name, file = (
+            genome.choices[0] % 4,
+            names[genome.choices[1] % 7],
+            files[genome.choices[2] % len(files)],
+        )
+        weight_map: Any = [
+            right,
+            right | {name: file},
+            {n: right[n] for n in right if n != name},
+            file,
+        ][kind]
         content = json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}).encode()
         for change in genome.damages:
             content = damage_bytes(content, *change)
@@ -402,7 +510,9 @@ def test_folders_with_a_damaged_index_are_refused_or_read_correctly(folder: Path
             return "refused"
         mapped = json.loads(content)["weight_map"]
         assert mapped.items() <= right.items()
-        assert ours == {name: expected[name] for name in mapped}  # a shard that nothing names any more is no part of it
+        assert ours == {
+            name: expected[name] for name in mapped
+        }  # a shard that nothing names any more is no part of it
         return "accepted"
 
     fuzz(0.1, damage, judge_index, fewest=0)

@@ -1,4 +1,5 @@
-"""Scales as far from 1 as they come: a product is finite wherever its true value is, and as right as anywhere else.
+"""Scales as far from 1 as they come: a product is finite wherever its true value is, and as right
+as anywhere else.
 
 Expected is NumPy float64 from codes and scales.
 """
@@ -11,7 +12,9 @@ import numpy as np
 import pytest
 
 import fp8jax
-from fp8jax import FP8_PER_BLOCK, FP8_PER_CHANNEL, FP8_PER_TENSOR, kernel_choice, ops
+from fp8jax import FP8_PER_BLOCK, FP8_PER_CHANNEL, FP8_PER_TENSOR
+from fp8jax.ops import choice as kernel_choice
+from fp8jax.ops import matmul as ops
 from fp8jax.pallas_kernels import block_scaled_matmul, matmul_tiles
 from fp8jax.pallas_kernels.interpret_mode import interpreted_kernels
 from fp8jax.qarray import QArray
@@ -44,7 +47,11 @@ def operands(x_size: float, w_size: float, scheme: fp8jax.Scheme) -> tuple[jax.A
 def wide(codes: jax.Array, scale: jax.Array) -> np.ndarray:
     """Codes times scales in float64; all rows lie in one block."""
     scales = np.asarray(scale, np.float64)
-    scales = scales.repeat(128, 1)[:, : codes.shape[1]] if scales.ndim == 2 and scales.shape[1] > 1 else scales
+    scales = (
+        scales.repeat(128, 1)[:, : codes.shape[1]]
+        if scales.ndim == 2 and scales.shape[1] > 1
+        else scales
+    )
     return np.asarray(codes.astype(jnp.float32), np.float64) * scales
 
 
@@ -52,7 +59,9 @@ def check(found: jax.Array, expected: np.ndarray) -> None:
     overflows = np.abs(expected) > LARGEST
     np.testing.assert_array_equal(np.isinf(found), overflows)
     # Sums of 160 products in float32; what is subnormal may be flushed to 0.
-    np.testing.assert_allclose(np.asarray(found)[~overflows], expected[~overflows], rtol=2e-6, atol=SMALLEST)
+    np.testing.assert_allclose(
+        np.asarray(found)[~overflows], expected[~overflows], rtol=2e-6, atol=SMALLEST
+    )
 
 
 @pytest.mark.parametrize("implementation", ["xla", "triton"])
@@ -92,7 +101,9 @@ def test_the_smallest_and_the_largest_sums_survive_the_smallest_and_the_largest_
     sums = jnp.asarray([2.0**-18, 1.0, 2.0**36, 0.0], jnp.float32)[:, None]
     scales = np.float32(2.0) ** np.array([-126, -100, -18, 0, 60, 100, 119], np.float32)
     for a in scales:
-        found = np.asarray(jax.jit(matmul_tiles.scaled)(sums, jnp.float32(a), jnp.asarray(scales)[None, :]))
+        found = np.asarray(
+            jax.jit(matmul_tiles.scaled)(sums, jnp.float32(a), jnp.asarray(scales)[None, :])
+        )
         expected = np.asarray(sums, np.float64) * float(a) * scales.astype(np.float64)
         overflows = expected > LARGEST
         np.testing.assert_array_equal(np.isinf(found), overflows)
@@ -101,12 +112,18 @@ def test_the_smallest_and_the_largest_sums_survive_the_smallest_and_the_largest_
 
 
 def test_a_group_that_is_zero_beside_scales_that_overflow_adds_zero():
-    """Possible only with codes and scales made by hand or nearly so: the group's codes meet zeros."""
+    """Possible only with codes and scales made by hand or nearly so: the group's codes meet
+    zeros."""
     x, w = jnp.zeros((16, 256), jnp.float8_e4m3fn), jnp.ones((16, 256), jnp.float8_e4m3fn)
     x = x.at[:, 128:].set(jnp.ones((), jnp.float8_e4m3fn))
-    x_scale, w_scale = jnp.asarray([[1e30, 1.0]] * 16, jnp.float32), jnp.asarray([[1e30, 1.0]], jnp.float32)
+    x_scale, w_scale = (
+        jnp.asarray([[1e30, 1.0]] * 16, jnp.float32),
+        jnp.asarray([[1e30, 1.0]], jnp.float32),
+    )
     for product in (
         block_scaled_matmul.block_scaled_matmul_reference,
         functools.partial(block_scaled_matmul.block_scaled_matmul_triton, interpret=True),
     ):
-        np.testing.assert_array_equal(product(x, x_scale, w, w_scale, out_dtype=jnp.float32), np.full((16, 16), 128.0))
+        np.testing.assert_array_equal(
+            product(x, x_scale, w, w_scale, out_dtype=jnp.float32), np.full((16, 16), 128.0)
+        )

@@ -1,4 +1,5 @@
-"""The table of `fp8jax.scheme_comparison` on stub models whose every number is known beforehand."""
+"""The table of `fp8jax.evaluation.comparison` on stub models whose every number is known
+beforehand."""
 
 import dataclasses
 import io
@@ -14,7 +15,7 @@ import pytest
 from random_models import Bigram
 from rich.console import Console
 
-from fp8jax import scheme_comparison
+from fp8jax.evaluation import comparison as scheme_comparison
 
 V = 7
 
@@ -35,15 +36,22 @@ def stub_lm(*, shift: float, weight_bytes: int, tokenizer: Any = None, text: str
         tokenizer=tokenizer,
         generate=lambda prompts, **kwargs: generations,
         report=types.SimpleNamespace(
-            bytes_after=weight_bytes, seconds=1.5, peak_host_bytes=7_000_000, quantized=(layer, layer) if shift else ()
+            bytes_after=weight_bytes,
+            seconds=1.5,
+            peak_host_bytes=7_000_000,
+            quantized=(layer, layer) if shift else (),
         ),
     )
 
 
 def compare(*, tokenizer: Any = None, schemes: tuple[str, ...] = ("bf16", "fp8_per_block")) -> Any:
     models = {
-        None: stub_lm(shift=0.0, weight_bytes=4_000_000, tokenizer=tokenizer, text=" as [bold]is[/bold]"),
-        "fp8_per_block": stub_lm(shift=0.5, weight_bytes=2_000_000, tokenizer=tokenizer, text=" now"),
+        None: stub_lm(
+            shift=0.0, weight_bytes=4_000_000, tokenizer=tokenizer, text=" as [bold]is[/bold]"
+        ),
+        "fp8_per_block": stub_lm(
+            shift=0.5, weight_bytes=2_000_000, tokenizer=tokenizer, text=" now"
+        ),
     }
     return scheme_comparison.compare_schemes(
         models.__getitem__,
@@ -67,11 +75,17 @@ def test_each_scheme_gets_a_row_measured_against_the_unquantized_model():
     comparison = compare()
     plain, block = comparison.results
     assert (plain.scheme, plain.kl, plain.top1_agreement) == ("bf16", 0.0, 1.0)
-    assert (block.weight_bytes, block.load_seconds, block.peak_host_bytes) == (2_000_000, 1.5, 7_000_000)
+    assert (block.weight_bytes, block.load_seconds, block.peak_host_bytes) == (
+        2_000_000,
+        1.5,
+        7_000_000,
+    )
     assert (plain.quantized_share, block.quantized_share) == (None, 0.505)
     assert block.kl > 0
     assert plain.perplexity != block.perplexity
-    assert comparison.scored_tokens == 2 * 3  # two whole windows of four, their first tokens not scored
+    assert (
+        comparison.scored_tokens == 2 * 3
+    )  # two whole windows of four, their first tokens not scored
     assert all(result.tokens_per_second > 0 for result in comparison.results)
 
 
@@ -82,7 +96,14 @@ def test_reference_is_loaded_even_if_its_row_is_not_wanted():
 
 def test_table_shows_the_numbers_and_never_reads_generated_text_as_markup():
     text = rendered(compare(tokenizer=StubTokenizer()))
-    for wanted in ("fp8_per_block", "4.0", "2.0", "as [bold]is[/bold]", "now", "random tokens, seed 0"):
+    for wanted in (
+        "fp8_per_block",
+        "4.0",
+        "2.0",
+        "as [bold]is[/bold]",
+        "now",
+        "random tokens, seed 0",
+    ):
         assert wanted in text
 
 
@@ -97,13 +118,25 @@ def test_without_a_tokenizer_continuations_are_token_ids():
 
 def test_json_carries_everything_needed_to_repeat_the_measurement():
     content = json.loads(json.dumps(dataclasses.asdict(compare())))
-    assert {"model", "text", "window", "dtype", "device", "versions", "date", "prompts", "results"} <= set(content)
+    assert {
+        "model",
+        "text",
+        "window",
+        "dtype",
+        "device",
+        "versions",
+        "date",
+        "prompts",
+        "results",
+    } <= set(content)
     assert content["versions"]["jax"] == jax.__version__
 
 
 def test_every_window_of_a_text_begins_as_the_tokenizer_begins_a_text():
     lm = stub_lm(shift=0, weight_bytes=0, tokenizer=StubTokenizer())
-    inputs = scheme_comparison.text_inputs(lm, "abcdefgh", prompts=["a"], window=4, max_tokens=7, source="x.txt")
+    inputs = scheme_comparison.text_inputs(
+        lm, "abcdefgh", prompts=["a"], window=4, max_tokens=7, source="x.txt"
+    )
     letters = [ord(letter) % V for letter in "abcdef"]
     np.testing.assert_array_equal(inputs.windows, [[1, *letters[:3]], [1, *letters[3:]]])
 

@@ -1,4 +1,5 @@
-"""Every script as a user starts it, in its own process, on a checkpoint of a few hundred kilobytes."""
+"""Every script as a user starts it, in its own process, on a checkpoint of a few hundred
+kilobytes."""
 
 import json
 import os
@@ -16,7 +17,9 @@ TINY = ROOT / "tests" / "goldens" / "smollm2"  # real architecture, random weigh
 def run_script(name: str, *arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "COLUMNS": "160"}
     command = [sys.executable, str(ROOT / "scripts" / name), *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(
+        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
 
 
 @pytest.fixture
@@ -26,7 +29,9 @@ def tiny_with_tokenizer(tmp_path: Path) -> Path:
     from transformers import PreTrainedTokenizerFast
 
     folder = shutil.copytree(TINY, tmp_path / "checkpoint")
-    vocab = {"<unk>": 0} | {letter: i for i, letter in enumerate("abcdefghijklmnopqrstuvwxyzIA .,", start=3)}
+    vocab = {"<unk>": 0} | {
+        letter: i for i, letter in enumerate("abcdefghijklmnopqrstuvwxyzIA .,", start=3)
+    }
     core = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
     PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>").save_pretrained(folder)
@@ -38,7 +43,11 @@ def test_demo_runs_on_a_checkpoint_without_tokenizer_and_saves_table_and_plot(tm
     assert run.returncode == 0, run.stderr
     table = json.loads((tmp_path / "demo_output" / "comparison.json").read_text())
     plain, tensor, block = table["results"]
-    assert [row["scheme"] for row in table["results"]] == ["bf16", "fp8_per_tensor", "fp8_per_block"]
+    assert [row["scheme"] for row in table["results"]] == [
+        "bf16",
+        "fp8_per_tensor",
+        "fp8_per_block",
+    ]
     assert (plain["kl"], plain["top1_agreement"]) == (0.0, 1.0)
     for row in (tensor, block):
         assert row["weight_bytes"] < plain["weight_bytes"]
@@ -56,15 +65,32 @@ def test_evaluate_scores_a_text_and_continues_the_given_prompts(tmp_path, tiny_w
         "evaluate.py",
         tiny_with_tokenizer,
         *("--schemes", "fp8_per_tensor", "--text", text, "--window", "32", "--max-tokens", "200"),
-        *("--prompt", "It was", "--prompt", "clocks", "--prompt", "x", "--new-tokens", "5", "--dtype", "float32"),
+        *(
+            "--prompt",
+            "It was",
+            "--prompt",
+            "clocks",
+            "--prompt",
+            "x",
+            "--new-tokens",
+            "5",
+            "--dtype",
+            "float32",
+        ),
         *("--quantization-config", '{"ignore": ["re:.*mlp.*"]}', "--json", tmp_path / "t.json"),
         *("--plot", tmp_path / "t.png"),
         cwd=tmp_path,
     )
     assert run.returncode == 0, run.stderr
     table = json.loads((tmp_path / "t.json").read_text())
-    assert (table["prompts"], table["text"], table["dtype"]) == (["It was", "clocks", "x"], "text.txt", "float32")
-    assert table["scored_tokens"] == 6 * 31  # 200 tokens hold six windows of 32, their first tokens are not scored
+    assert (table["prompts"], table["text"], table["dtype"]) == (
+        ["It was", "clocks", "x"],
+        "text.txt",
+        "float32",
+    )
+    assert (
+        table["scored_tokens"] == 6 * 31
+    )  # 200 tokens hold six windows of 32, their first tokens are not scored
     (row,) = table["results"]
     assert row["kl"] > 0
     assert len(row["continuations"]) == 3

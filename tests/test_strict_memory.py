@@ -1,4 +1,5 @@
-"""The checker of the kernel tests: it sees the accesses outside an array that the interpreter hides."""
+"""The checker of the kernel tests: it sees the accesses outside an array that the interpreter
+hides."""
 
 import jax
 import jax.numpy as jnp
@@ -7,14 +8,18 @@ import pytest
 from strict_memory import strict_memory
 
 
-@pytest.mark.parametrize(("unmasked", "touched"), [(5, 8), (6, 8), (8, 5)], ids=["sound", "one read", "one write"])
+@pytest.mark.parametrize(
+    ("unmasked", "touched"), [(5, 8), (6, 8), (8, 5)], ids=["sound", "one read", "one write"]
+)
 def test_a_missing_mask_turns_the_result_into_nan(unmasked, touched):
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton as plgpu
 
     def kernel(x_ref, out_ref):
         places = jnp.arange(8)
-        values = plgpu.load(x_ref.at[places], mask=places < min(unmasked, x_ref.shape[0] + 1), other=0.0)
+        values = plgpu.load(
+            x_ref.at[places], mask=places < min(unmasked, x_ref.shape[0] + 1), other=0.0
+        )
         plgpu.store(out_ref.at[places], values, mask=places < 8)
 
     def run():

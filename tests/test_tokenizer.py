@@ -1,4 +1,5 @@
-"""Tokenizers: read once, late, and without the checkpoint's own code; streamed text is the whole text's own."""
+"""Tokenizers: read once, late, and without the checkpoint's own code; streamed text is the whole
+text's own."""
 
 import ast
 import json
@@ -31,28 +32,50 @@ def save(core, folder: Path, **options) -> Path:
 
 
 def checkpoint(folder: Path, **options) -> Path:
-    """The first layer of a golden checkpoint (64 tokens) with a tokenizer of one token a character."""
+    """The first layer of a golden checkpoint (64 tokens) with a tokenizer of one token a
+    character."""
     from safetensors.numpy import load_file, save_file
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
     shutil.copytree(GOLDENS / "llama2", folder)
-    tensors, config = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
-    save_file({name: x for name, x in tensors.items() if ".layers.1." not in name}, folder / "model.safetensors")
+    tensors, config = (
+        load_file(folder / "model.safetensors"),
+        json.loads((folder / "config.json").read_text()),
+    )
+    save_file(
+        {name: x for name, x in tensors.items() if ".layers.1." not in name},
+        folder / "model.safetensors",
+    )
     (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
-    core = Tokenizer(models.WordLevel({"<unk>": 0} | {c: i for i, c in enumerate(CHARACTERS, 3)}, unk_token="<unk>"))
+    core = Tokenizer(
+        models.WordLevel(
+            {"<unk>": 0} | {c: i for i, c in enumerate(CHARACTERS, 3)}, unk_token="<unk>"
+        )
+    )
     core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
     return save(core, folder, unk_token="<unk>", **options)
 
 
 def run(code: str, *arguments: object, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "JAX_PLATFORMS": "cpu",
+        "HF_HUB_OFFLINE": "1",
+    }
     command = [sys.executable, "-W", "error::UserWarning:fp8jax", "-c", code, *map(str, arguments)]
     return subprocess.run(
-        command, env=environment, input=stdin, capture_output=True, text=True, timeout=120, check=False
+        command,
+        env=environment,
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
 
 
-# --- the checkpoint's own code ---------------------------------------------------------------------------------------
+# --- the checkpoint's own code
+# ---------------------------------------------------------------------------------------
 
 OWN_CODE = """
 import pathlib
@@ -67,7 +90,8 @@ class OwnTokenizer(PreTrainedTokenizerFast):
 def with_own_code(request, tmp_path) -> tuple[Path, Path]:
     """A checkpoint whose tokenizer is a class of its own, which leaves a mark when it is imported.
 
-    Told not to run it, transformers quietly takes a generic tokenizer for a model type that it knows, and fails for another.
+    Told not to run it, transformers quietly takes a generic tokenizer for a model type that it
+    knows, and fails for another.
     """
     folder, mark = checkpoint(tmp_path / "own"), tmp_path / "the code ran"
     (folder / "own.py").write_text(OWN_CODE.format(mark=str(mark)))
@@ -95,7 +119,9 @@ except ValueError as error:
     print("refused:", error)
 """
     done = run(code, folder, stdin="y\n" * 10)
-    assert done.stdout.startswith(f"refused: {folder}: the tokenizer needs Python code"), done.stdout + done.stderr
+    assert done.stdout.startswith(f"refused: {folder}: the tokenizer needs Python code"), (
+        done.stdout + done.stderr
+    )
     assert "own.OwnTokenizer" in done.stdout and "tokenizer.json" in done.stdout
     assert "[y/N]" not in done.stdout + done.stderr
     assert not mark.exists()
@@ -104,7 +130,10 @@ except ValueError as error:
 def test_own_code_beside_a_class_that_transformers_has_is_left_alone(tmp_path):
     folder = checkpoint(tmp_path / "both")
     config = json.loads((folder / "tokenizer_config.json").read_text())
-    config |= {"tokenizer_class": "PreTrainedTokenizerFast", "auto_map": {"AutoTokenizer": [None, "own.OwnTokenizer"]}}
+    config |= {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "auto_map": {"AutoTokenizer": [None, "own.OwnTokenizer"]},
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     tokenizer = load_tokenizer(folder)
     assert tokenizer is not None and tokenizer.encode("ab") == [3, 4]
@@ -119,24 +148,33 @@ def test_transformers_is_told_everywhere_not_to_run_code():
         for call in ast.walk(ast.parse(path.read_text()))
         if isinstance(call, ast.Call) and getattr(call.func, "attr", "") == "from_pretrained"
     ]
-    silent = [name for name, call in calls if "trust_remote_code=False" not in map(ast.unparse, call.keywords)]
+    silent = [
+        name
+        for name, call in calls
+        if "trust_remote_code=False" not in map(ast.unparse, call.keywords)
+    ]
     assert len(calls) >= 3 and not silent
 
 
-# --- when it is read -------------------------------------------------------------------------------------------------
+# --- when it is read
+# -------------------------------------------------------------------------------------------------
 
 
 def test_token_ids_never_touch_the_tokenizer_until_a_text_is_read(tmp_path, monkeypatch):
     lm = fp8jax.load_quantized(checkpoint(tmp_path / "c"), None, dtype="float32")
     with monkeypatch.context() as patch:
-        patch.setattr("fp8jax.tokenizer.load_tokenizer", lambda folder: pytest.fail("the tokenizer was read"))
+        patch.setattr(
+            "fp8jax.tokenizer.load_tokenizer", lambda folder: pytest.fail("the tokenizer was read")
+        )
         (one,) = lm.generate([[3, 4, 5]], max_new_tokens=4, temperature=0)
         lm.score([[3, 4, 5]])
     assert one.text == decode(lm.tokenizer, one.token_ids)
     assert pickle.loads(pickle.dumps(one)) == one
 
 
-def test_a_broken_tokenizer_is_reported_before_work_for_text_and_leaves_token_ids_alone(tmp_path, monkeypatch):
+def test_a_broken_tokenizer_is_reported_before_work_for_text_and_leaves_token_ids_alone(
+    tmp_path, monkeypatch
+):
     folder = checkpoint(tmp_path / "broken", chat_template=TEMPLATE)
     (folder / "tokenizer.json").write_text('{"version": "1.0", "model": ')
     lm = fp8jax.load_quantized(folder, None, dtype="float32")
@@ -153,7 +191,9 @@ def test_a_broken_tokenizer_is_reported_before_work_for_text_and_leaves_token_id
         lambda: lm.score(["abc"]),
         lambda: lm.chat([{"role": "user", "content": "abc"}], **options),
     ):
-        with pytest.raises(fp8jax.CheckpointError, match="broken: the tokenizer files cannot be read"):
+        with pytest.raises(
+            fp8jax.CheckpointError, match="broken: the tokenizer files cannot be read"
+        ):
             call()
 
 
@@ -195,7 +235,8 @@ def test_a_tokenizer_of_ones_own_takes_the_place_of_the_folders(tmp_path):
     assert pickle.loads(pickle.dumps(lm)).score(["abc"]) == lm.score([[3, 4, 5]])
 
 
-# --- growing text ----------------------------------------------------------------------------------------------------
+# --- growing text
+# ----------------------------------------------------------------------------------------------------
 
 WORDS = "▁the ▁a ▁ ▁▁ s ing ▁é 中 ▁🙂 . , a b \ufffd".split(" ")
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
@@ -215,7 +256,12 @@ def sentencepiece(decoder):
 def llama2():
     from tokenizers import decoders
 
-    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    parts = [
+        decoders.Replace("▁", " "),
+        decoders.ByteFallback(),
+        decoders.Fuse(),
+        decoders.Strip(" ", 1, 0),
+    ]
     return sentencepiece(decoders.Sequence(parts))
 
 
@@ -240,7 +286,10 @@ def bytelevel():
 def wordpiece():
     from tokenizers import AddedToken, Tokenizer, decoders, models
 
-    vocab = {token: i for i, token in enumerate(["[UNK]", "[SEP]", "the", "##ing", "##é", "🙂", ".", "a"])}
+    vocab = {
+        token: i
+        for i, token in enumerate(["[UNK]", "[SEP]", "the", "##ing", "##é", "🙂", ".", "a"])
+    }
     core = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
     core.decoder = decoders.WordPiece(cleanup=False)
     core.add_special_tokens([AddedToken("[SEP]", special=True)])
@@ -248,9 +297,12 @@ def wordpiece():
 
 
 def sequences(tokenizer, core):
-    """300 texts in tokens: words, characters in pieces, bytes that are no text, special tokens anywhere, ids without a token."""
+    """300 texts in tokens: words, characters in pieces, bytes that are no text, special tokens
+    anywhere, ids without a token."""
     rng, size = np.random.default_rng(0), core.get_vocab_size()
-    special = tokenizer.all_special_ids or [t for t in range(size) if not decode(tokenizer, [t])][-2:]
+    special = (
+        tokenizer.all_special_ids or [t for t in range(size) if not decode(tokenizer, [t])][-2:]
+    )
     spelled = [core.token_to_id(token) for token in sorted(core.get_vocab()) if token not in BYTES]
     for _ in range(300):
         ids, length = [], int(rng.integers(1, 60))
@@ -261,7 +313,10 @@ def sequences(tokenizer, core):
             elif kind < 7:
                 ids.append(int(rng.choice(special)))
             elif kind == 7 and core.token_to_id("<0x0A>") is not None:
-                ids += [core.token_to_id(f"<0x{byte:02X}>") for byte in "é🙂"[rng.integers(0, 2)].encode()]
+                ids += [
+                    core.token_to_id(f"<0x{byte:02X}>")
+                    for byte in "é🙂"[rng.integers(0, 2)].encode()
+                ]
             else:
                 ids.append(int(rng.integers(0, size + 2)))
         yield ids
@@ -307,7 +362,11 @@ class Counted:
         (llama2, "<0xFF>", 2),  # a run without end: decoded once, at its end
         (llama2, "</s>", 2),
         (bytelevel, "Ġthe", 8),
-        (bytelevel, "ÿ", 10),  # never a whole character: tried ever more rarely, 1 + 1/8 as late each time
+        (
+            bytelevel,
+            "ÿ",
+            10,
+        ),  # never a whole character: tried ever more rarely, 1 + 1/8 as late each time
         (bytelevel, "</s>", 2),
     ],
 )

@@ -31,21 +31,31 @@ def test_a_table_comes_back_as_it_was_saved(tmp_path):
         == tmp_path / "nvidia_h100_80gb_hbm3" / "scaled_matmul.json"
         == table_path(KIND, "scaled_matmul", folder=tmp_path)
     )
-    assert load(KIND, "scaled_matmul", folder=tmp_path) == (entries[1], entries[0])  # sorted by shape
+    assert load(KIND, "scaled_matmul", folder=tmp_path) == (
+        entries[1],
+        entries[0],
+    )  # sorted by shape
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
 def test_a_shape_tuned_again_replaces_the_old_entry_and_load_sees_it(tmp_path):
     save(KIND, "op", [entry(10.0, m=16, n=8, k=8)], folder=tmp_path)
     assert load(KIND, "op", folder=tmp_path)[0].microseconds == 10
-    save(KIND, "op", [*load(KIND, "op", folder=tmp_path), entry(7.0, k=8, n=8, m=16)], folder=tmp_path)
+    save(
+        KIND,
+        "op",
+        [*load(KIND, "op", folder=tmp_path), entry(7.0, k=8, n=8, m=16)],
+        folder=tmp_path,
+    )
     (only,) = load(KIND, "op", folder=tmp_path)
     assert only.microseconds == 7
 
 
 def test_an_untuned_device_or_op_has_no_entries(tmp_path):
     save(KIND, "op", [entry(m=1)], folder=tmp_path)
-    assert load("NVIDIA B200", "op", folder=tmp_path) == load(KIND, "another", folder=tmp_path) == ()
+    assert (
+        load("NVIDIA B200", "op", folder=tmp_path) == load(KIND, "another", folder=tmp_path) == ()
+    )
 
 
 @pytest.mark.parametrize(
@@ -68,8 +78,17 @@ def test_the_nearest_entry_within_an_octave_wins(wanted, found):
     assert (None if near is None else near.shape["m"]) == found
 
 
-def grouped(slots: int, experts: int = 128, row_groups: int = 2, scales: str = "block") -> dict[str, Any]:
-    return {"slots": slots, "experts": experts, "n": 1536, "k": 2048, "row_groups": row_groups, "scales": scales}
+def grouped(
+    slots: int, experts: int = 128, row_groups: int = 2, scales: str = "block"
+) -> dict[str, Any]:
+    return {
+        "slots": slots,
+        "experts": experts,
+        "n": 1536,
+        "k": 2048,
+        "row_groups": row_groups,
+        "scales": scales,
+    }
 
 
 @pytest.mark.parametrize(
@@ -79,7 +98,10 @@ def grouped(slots: int, experts: int = 128, row_groups: int = 2, scales: str = "
         (grouped(16), 8),  # twice the experts are read
         (grouped(32), None),  # four times as many; and a quarter of those that 128 slots read
         (grouped(64), 128),
-        (grouped(256), 128),  # from 128 slots to 2048 every expert has a tile of 16, and the nearer one wins
+        (
+            grouped(256),
+            128,
+        ),  # from 128 slots to 2048 every expert has a tile of 16, and the nearer one wins
         (grouped(1024), 2048),
         (grouped(4096), 2048),  # 256 tiles
         (grouped(4097), None),
@@ -116,7 +138,9 @@ def test_words_must_match_exactly():
     assert near is entries[1]
 
 
-@pytest.mark.parametrize("us, xla, faster", [(10, None, "triton"), (10, 11, "triton"), (10, 9, "xla")])
+@pytest.mark.parametrize(
+    "us, xla, faster", [(10, None, "triton"), (10, 11, "triton"), (10, 9, "xla")]
+)
 def test_the_faster_implementation_is_the_one_that_measured_faster(us, xla, faster):
     assert entry(us, xla=xla, m=1).implementation == faster
 

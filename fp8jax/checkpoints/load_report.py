@@ -1,7 +1,8 @@
-"""What loading did: which layer was quantized how, what it saved, what it cost in accuracy, memory and time.
+"""What loading did: which layer was quantized how, what it saved, what it cost in accuracy, memory
+and time.
 
-`print(lm.report)` shows a table with one row for each type of layer and scheme; `lm.report.layers` has every layer;
-`lm.report.to_dict()` is the same as plain data.
+`print(lm.report)` shows a table with one row for each type of layer and scheme; `lm.report.layers`
+has every layer; `lm.report.to_dict()` is the same as plain data.
 """
 
 import dataclasses
@@ -14,7 +15,8 @@ from typing import Any, Literal
 from fp8jax.quantization_config import LayerKind
 from fp8jax.schemes import Scheme
 
-# What a scale of the weight covers is in the scheme's name; what one of the activation covers can be configured.
+# What a scale of the weight covers is in the scheme's name; what one of the activation covers can
+# be configured.
 _HEADINGS = ("layer type", "count", "scheme", "scale\nper", "MiB\nbefore", "MiB\nafter", "error")
 
 Outcome = Literal["quantized", "ignored", "no scheme", "never quantized"]
@@ -27,14 +29,16 @@ class LayerReport:
     Args:
         name: the module's name, "model.layers.0.self_attn.qkv_proj"; for a stack of experts
             "model.layers.0.mlp.experts.gate_up_proj".
-        kind: "linear" or "moe" for what could be quantized, "other" for embeddings, norms, biases, lm_head, routers.
-        outcome: what became of it: "ignored" is an `ignore` entry, "no scheme" a kind that was given none.
+        kind: "linear" or "moe" for what could be quantized, "other" for embeddings, norms, biases,
+            lm_head, routers.
+        outcome: what became of it: "ignored" is an `ignore` entry, "no scheme" a kind that was
+            given none.
         bytes_before: as in the checkpoint.
         bytes_after: as held, scales included.
-        relative_error: ‖dequantized − w‖ / ‖w‖ (Frobenius) over at most 256 evenly spread rows, None where nothing was
-            quantized.
-        shard_amax: largest |w| of each shard of a fused layer, for a stack over all experts. Far-apart values mean that
-            one scale serves some shards badly.
+        relative_error: ‖dequantized − w‖ / ‖w‖ (Frobenius) over at most 256 evenly spread rows,
+            None where nothing was quantized.
+        shard_amax: largest |w| of each shard of a fused layer, for a stack over all experts.
+            Far-apart values mean that one scale serves some shards badly.
     """
 
     name: str
@@ -83,7 +87,10 @@ class LoadReport:
         for layer in self.quantized:
             origin = f"(from {layer.kind}: {layer.scheme.name})" if layer.scheme else ""
             counts[f"{layer.type}|{origin}"] = counts.get(f"{layer.type}|{origin}", 0) + 1
-        items = (f"{key.split('|')[0]}: {count} {key.split('|')[1]}" for key, count in sorted(counts.items()))
+        items = (
+            f"{key.split('|')[0]}: {count} {key.split('|')[1]}"
+            for key, count in sorted(counts.items())
+        )
         left = [f"{self._count('ignored')} ignored"] if self._count("ignored") else []
         left += [
             f"{n} of kind {kind}, which was given no scheme"
@@ -112,14 +119,21 @@ class LoadReport:
         from rich.table import Table
         from rich.text import Text
 
-        # Text, so that no part of a path is taken for markup; no vertical lines, so that it fits 80 columns.
+        # Text, so that no part of a path is taken for markup; no vertical lines, so that it fits 80
+        # columns.
         title, caption = f"{self.source}: loaded in {self.seconds:.1f} s", self._caption()
         table = Table(
-            title=Text(title, overflow="fold"), caption=caption, box=box.SIMPLE, padding=(0, 0), pad_edge=False
+            title=Text(title, overflow="fold"),
+            caption=caption,
+            box=box.SIMPLE,
+            padding=(0, 0),
+            pad_edge=False,
         )
         for heading in _HEADINGS:
             words = heading in ("layer type", "scheme")
-            table.add_column(heading, justify="left" if words else "right", overflow="fold", no_wrap=not words)
+            table.add_column(
+                heading, justify="left" if words else "right", overflow="fold", no_wrap=not words
+            )
         for row in self._rows():
             table.add_row(*row)
         table.add_section()
@@ -129,10 +143,16 @@ class LoadReport:
     def _rows(self) -> Iterable[tuple[str, ...]]:
         groups: dict[tuple, list[LayerReport]] = {}
         for layer in self.layers:
-            key = (layer.type, layer.outcome, layer.scheme) if layer.kind != "other" else ("the rest", "", None)
+            key = (
+                (layer.type, layer.outcome, layer.scheme)
+                if layer.kind != "other"
+                else ("the rest", "", None)
+            )
             groups.setdefault(key, []).append(layer)
         # What is never quantized comes last, as one line.
-        for (kind, outcome, scheme), group in sorted(groups.items(), key=lambda item: item[0][0] == "the rest"):
+        for (kind, outcome, scheme), group in sorted(
+            groups.items(), key=lambda item: item[0][0] == "the rest"
+        ):
             errors = [layer.relative_error for layer in group if layer.relative_error is not None]
             yield (
                 kind,
@@ -145,7 +165,9 @@ class LoadReport:
             )
 
     def _caption(self) -> str:
-        phases = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds_by_phase.items())
+        phases = ", ".join(
+            f"{name} {seconds:.1f} s" for name, seconds in self.seconds_by_phase.items()
+        )
         share = self.bytes_after / self.bytes_before if self.bytes_before else 1.0
         return f"{share:.1%} of the checkpoint's bytes; peak private host memory {mebibytes(self.peak_host_bytes)}; {phases}"
 

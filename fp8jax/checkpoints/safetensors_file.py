@@ -1,23 +1,26 @@
-"""One safetensors file: a header that says where each tensor lies, believed only after every byte is accounted for.
+"""One safetensors file: a header that says where each tensor lies, believed only after every byte
+is accounted for.
 
     8 bytes          N bytes                                                         the rest
     N, u64 little    JSON  {"name": {"dtype": "BF16", "shape": [4, 8],               tensor bytes, row-major,
     endian                           "data_offsets": [0, 64]}, "__metadata__": …}    little endian, no gaps
 
-Offsets count from the start of the data part. The format's own rule makes a strong check possible: sorted by offset,
-the tensors must tile the data part exactly, from byte 0 to the last. A file that was cut short, padded or patched
-breaks the tiling, so nothing of it is handed out.
+Offsets count from the start of the data part. The format's own rule makes a strong check possible:
+sorted by offset, the tensors must tile the data part exactly, from byte 0 to the last. A file that
+was cut short, padded or patched breaks the tiling, so nothing of it is handed out.
 
-Why not the `safetensors` package: its NumPy interface cannot return FP8 or E8M0 tensors, and it maps the file, which kills
-the process if the file is cut short meanwhile. Reading the header alone (this file) costs milliseconds whatever the size
-of the model; data is read when it is wanted (`checkpoint.py`).
+Why not the `safetensors` package: its NumPy interface cannot return FP8 or E8M0 tensors, and it
+maps the file, which kills the process if the file is cut short meanwhile. Reading the header alone
+(this file) costs milliseconds whatever the size of the model; data is read when it is wanted
+(`checkpoint.py`).
 
-A header comes from strangers. Its length is compared with the file's before anything is allocated, `json` gets its
-blind spots covered (duplicate keys, NaN, endless nesting, `true` counted as the integer 1), and every number is
-bounded before arithmetic. All faults of a file are reported together.
+A header comes from strangers. Its length is compared with the file's before anything is allocated,
+`json` gets its blind spots covered (duplicate keys, NaN, endless nesting, `true` counted as the
+integer 1), and every number is bounded before arithmetic. All faults of a file are reported
+together.
 
-Source: the format description in the safetensors repository; the list of what its reader rejects was checked by
-feeding it hand-made files.
+Source: the format description in the safetensors repository; the list of what its reader rejects
+was checked by feeding it hand-made files.
 """
 
 import io
@@ -31,9 +34,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from fp8jax.checkpoint_error import CheckpointError, Faults, shown
-from fp8jax.checkpoint_error import shown_value as _short
-from fp8jax.file_reading import FileStamp, NotRegularError, open_regular, reason
+from fp8jax.checkpoints.errors import CheckpointError, Faults, shown
+from fp8jax.checkpoints.errors import shown_value as _short
+from fp8jax.checkpoints.file_reading import FileStamp, NotRegularError, open_regular, reason
 
 DTYPES: dict[str, np.dtype] = {
     "BOOL": np.dtype(np.bool_),
@@ -56,7 +59,11 @@ DTYPES: dict[str, np.dtype] = {
     "F8_E4M3FNUZ": np.dtype(ml_dtypes.float8_e4m3fnuz),
     "F8_E5M2FNUZ": np.dtype(ml_dtypes.float8_e5m2fnuz),
 }
-PACKED_DTYPES = ("F4", "F6_E2M3", "F6_E3M2")  # several values share a byte: no NumPy dtype views them in place
+PACKED_DTYPES = (
+    "F4",
+    "F6_E2M3",
+    "F6_E3M2",
+)  # several values share a byte: no NumPy dtype views them in place
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the format's own reader
 MAX_DIMENSIONS = 64  # NumPy's limit
@@ -65,7 +72,8 @@ MAX_SIZE = 2**63 - 1  # what an array index can count
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies: bytes `begin` to `end` of `file`, counted from the start of the file."""
+    """Where one tensor lies: bytes `begin` to `end` of `file`, counted from the start of the
+    file."""
 
     name: str
     dtype: np.dtype
@@ -89,7 +97,8 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, TensorInfo]:
         The tensors by name, in the order of the header.
 
     Raises:
-        CheckpointError: the file cannot be opened, or its header and its length do not fit together in every detail.
+        CheckpointError: the file cannot be opened, or its header and its length do not fit together
+            in every detail.
 
     Source: the safetensors format.
     """
@@ -116,10 +125,12 @@ def read_stamped_header(path: Path) -> tuple[dict[str, TensorInfo], FileStamp]:
 
 
 def parse_object(raw: bytes, faults: Faults, *, strict: bool = True) -> dict[str, Any]:
-    """Parses bytes that must be one JSON object; on failure appends to `faults` and returns an empty one.
+    """Parses bytes that must be one JSON object; on failure appends to `faults` and returns an
+    empty one.
 
-    `strict` refuses duplicate keys, of which `json` would silently keep the last, and NaN and Infinity, which JSON does
-    not have. Configurations are read without it: `json.dump` writes such constants into real ones.
+    `strict` refuses duplicate keys, of which `json` would silently keep the last, and NaN and
+    Infinity, which JSON does not have. Configurations are read without it: `json.dump` writes such
+    constants into real ones.
     """
     duplicates = Faults()
 
@@ -136,13 +147,20 @@ def parse_object(raw: bytes, faults: Faults, *, strict: bool = True) -> dict[str
     try:
         value = json.loads(raw.decode("utf-8"), **hooks)
     except UnicodeDecodeError as error:
-        faults.append(f"not UTF-8 ({error.reason} at byte {error.start}); the file is damaged, fetch it again")
+        faults.append(
+            f"not UTF-8 ({error.reason} at byte {error.start}); the file is damaged, fetch it again"
+        )
         return {}
-    except ValueError as error:  # malformed JSON, a refused constant, an integer of thousands of digits
+    except (
+        ValueError
+    ) as error:  # malformed JSON, a refused constant, an integer of thousands of digits
         faults.append(f"not valid JSON ({error}); the file is damaged, fetch it again")
         return {}
     except RecursionError:
-        faults.append("JSON is nested too deeply to be read; no checkpoint needs that, the file is not to be trusted")
+        faults.append(
+            "JSON is nested too deeply to be read; no checkpoint needs that, the file is not to "
+            "be trusted"
+        )
         return {}
     faults.merge(duplicates)
     if not isinstance(value, dict):
@@ -163,7 +181,8 @@ def _header_bytes(path: Path) -> tuple[bytes, FileStamp]:
         with io.BufferedReader(raw) as file:
             prefix = file.read(8)
             length = int.from_bytes(prefix, "little")
-            # The length is only a claim: it is compared with the file before anything is allocated by it.
+            # The length is only a claim: it is compared with the file before anything is allocated
+            # by it.
             if len(prefix) == 8 and length <= min(MAX_HEADER_BYTES, file_bytes - 8):
                 header = file.read(length)
                 if len(header) == length:
@@ -186,13 +205,17 @@ def _header_bytes(path: Path) -> tuple[bytes, FileStamp]:
     raise CheckpointError.gather(str(path), [fault])
 
 
-def _tensor_info(name: str, entry: Any, path: Path, data_start: int, faults: Faults) -> TensorInfo | None:
-    """Checks one header entry by itself; returns None after appending to `faults` what is wrong with it."""
+def _tensor_info(
+    name: str, entry: Any, path: Path, data_start: int, faults: Faults
+) -> TensorInfo | None:
+    """Checks one header entry by itself; returns None after appending to `faults` what is wrong
+    with it."""
     wrong = _entry_faults(name, entry)
     if not wrong:
         dtype, shape, (begin, end) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
         needed = math.prod(shape) * dtype.itemsize
-        # NumPy refuses a shape like (0, 2**62, 2**62) too, so zero dimensions do not excuse the others.
+        # NumPy refuses a shape like (0, 2**62, 2**62) too, so zero dimensions do not excuse the
+        # others.
         extent = needed if needed else math.prod(size or 1 for size in shape) * dtype.itemsize
         if needed == end - begin and extent <= MAX_SIZE:
             return TensorInfo(name, dtype, tuple(shape), path, data_start + begin, data_start + end)
@@ -200,7 +223,9 @@ def _tensor_info(name: str, entry: Any, path: Path, data_start: int, faults: Fau
         if extent > MAX_SIZE:
             wrong.append(f"{array} is larger than any array can be")
         else:
-            wrong.append(f"{array} needs {needed} bytes, data_offsets [{begin}, {end}] hold {end - begin}")
+            wrong.append(
+                f"{array} needs {needed} bytes, data_offsets [{begin}, {end}] hold {end - begin}"
+            )
     faults.extend(f"tensor {shown(name)}: {text}" for text in wrong)
     return None
 
@@ -209,18 +234,28 @@ def _entry_faults(name: str, entry: Any) -> list[str]:
     """Returns what is wrong with the parts of an entry; empty if each is what it should be."""
     wrong: list[str] = []
     if not name or "\0" in name or not (name.isascii() or _is_unicode(name)):
-        wrong.append("a name must be non-empty text without NUL bytes or lone surrogates; rewrite the file")
+        wrong.append(
+            "a name must be non-empty text without NUL bytes or lone surrogates; rewrite the file"
+        )
     if not isinstance(entry, dict):
-        return [*wrong, f"expected an object with dtype, shape and data_offsets, found {_short(entry)}"]
+        return [
+            *wrong,
+            f"expected an object with dtype, shape and data_offsets, found {_short(entry)}",
+        ]
     try:
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     except KeyError as error:
         return [*wrong, f"has no {error.args[0]}; dtype, shape and data_offsets are needed"]
 
     if dtype in PACKED_DTYPES:
-        wrong.append(f"dtype {dtype} packs several values into a byte: not supported; use BF16 or FP16 weights")
+        wrong.append(
+            f"dtype {dtype} packs several values into a byte: not supported; use BF16 or FP16 "
+            "weights"
+        )
     elif not isinstance(dtype, str) or dtype not in DTYPES:
-        wrong.append(f"unknown dtype {_short(dtype)}; known are {', '.join([*DTYPES, *PACKED_DTYPES])}")
+        wrong.append(
+            f"unknown dtype {_short(dtype)}; known are {', '.join([*DTYPES, *PACKED_DTYPES])}"
+        )
     if not isinstance(shape, list) or not all(map(_is_natural, shape)):
         wrong.append(f"shape must be a list of integers from 0 up, found {_short(shape)}")
     elif len(shape) > MAX_DIMENSIONS:
@@ -234,20 +269,35 @@ def _entry_faults(name: str, entry: Any) -> list[str]:
     return wrong
 
 
-def _check_tiling(tensors: dict[str, TensorInfo], data_start: int, file_bytes: int, faults: Faults) -> None:
-    """Checks that the tensors, sorted by offset, cover the data part without hole, overlap or remainder."""
+def _check_tiling(
+    tensors: dict[str, TensorInfo], data_start: int, file_bytes: int, faults: Faults
+) -> None:
+    """Checks that the tensors, sorted by offset, cover the data part without hole, overlap or
+    remainder."""
     reached, previous = data_start, None
     for info in sorted(tensors.values(), key=lambda info: (info.begin, info.end)):
         if info.begin != reached:
             kind = "overlaps" if info.begin < reached else "leaves a hole after"
-            before = f"tensor {shown(previous.name)}, which ends" if previous else "the start of the data,"
+            before = (
+                f"tensor {shown(previous.name)}, which ends"
+                if previous
+                else "the start of the data,"
+            )
             begin, expected = info.begin - data_start, reached - data_start
-            faults.append(f"tensor {shown(info.name)}: begins at {begin}, {kind} {before} at {expected}")
+            faults.append(
+                f"tensor {shown(info.name)}: begins at {begin}, {kind} {before} at {expected}"
+            )
         reached, previous = max(reached, info.end), info
     if reached != file_bytes:
         described, held = reached - data_start, file_bytes - data_start
-        hint = "it was cut short, fetch it again" if held < described else "something was appended to it"
-        faults.append(f"the header describes {described} bytes of data, the file holds {held}; {hint}")
+        hint = (
+            "it was cut short, fetch it again"
+            if held < described
+            else "something was appended to it"
+        )
+        faults.append(
+            f"the header describes {described} bytes of data, the file holds {held}; {hint}"
+        )
 
 
 def _check_metadata(metadata: Any, faults: Faults) -> None:
@@ -257,7 +307,10 @@ def _check_metadata(metadata: Any, faults: Faults) -> None:
         faults.append(f"__metadata__ must be an object of strings, found {_short(metadata)}")
         return
     wrong = [key for key, value in metadata.items() if not isinstance(value, str)]
-    faults.extend(f"__metadata__.{shown(key)}: must be a string, found {_short(metadata[key])}" for key in wrong)
+    faults.extend(
+        f"__metadata__.{shown(key)}: must be a string, found {_short(metadata[key])}"
+        for key in wrong
+    )
 
 
 def _is_natural(value: Any) -> bool:

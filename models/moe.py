@@ -1,19 +1,22 @@
-"""Mixture of experts: a router sends each token to top_k of e experts, and their outputs are added by weight.
+"""Mixture of experts: a router sends each token to top_k of e experts, and their outputs are added
+by weight.
 
     logits = x @ gate.T                        [t, e], in the activations' dtype; what follows of the router is float32
     experts, weights = route(logits)           [t, k] each
-    slots: the t · k (token, choice) pairs, sorted by expert; a stable sort, so that the order is always the same
-    y[slot] = down_e(silu(gate_e(x)) · up_e(x)) · weight,  e the slot's expert
+    slots: the t Â· k (token, choice) pairs, sorted by expert; a stable sort, so that the order is always the same
+    y[slot] = down_e(silu(gate_e(x)) Â· up_e(x)) Â· weight,  e the slot's expert
     out[token] = y[slot of choice 1] + … + y[slot of choice k]       in float32, in the order of the choices
 
-Experts are two stacks, `gate_up_proj` [e, 2i, h] (gate rows first) and `down_proj` [e, h, i], each an array, a `QArray`, or a
-`SplitQArray`. All shapes are static: what depends on the routing is only which slots belong to whom
-(`pallas_kernels/grouped_matmul.py`). Tokens that are padding are sorted behind everything, belong to no expert and come out as
-zeros. Activations are quantized per token or per group, so a token's result does not depend on who shares its batch.
+Experts are two stacks, `gate_up_proj` [e, 2i, h] (gate rows first) and `down_proj` [e, h, i], each
+an array, a `QArray`, or a `SplitQArray`. All shapes are static: what depends on the routing is only
+which slots belong to whom (`pallas_kernels/grouped_matmul.py`). Tokens that are padding are sorted
+behind everything, belong to no expert and come out as zeros. Activations are quantized per token or
+per group, so a token's result does not depend on who shares its batch.
 
-In decode on a GPU a layer's experts are five kernels and the router's product: the norm that writes rows and codes, routing
-(`pallas_kernels/expert_routing.py`), gate_up, silu·mul with quantization, down. The sum is left to the norm that follows. Where
-an expert gets 64 to 255 slots, gate_up and silu·mul are one kernel with block scales (`pallas_kernels/grouped_gate_up.py`).
+In decode on a GPU a layer's experts are five kernels and the router's product: the norm that writes
+rows and codes, routing (`pallas_kernels/expert_routing.py`), gate_up, silu·mul with quantization,
+down. The sum is left to the norm that follows. Where an expert gets 64 to 255 slots, gate_up and
+silu·mul are one kernel with block scales (`pallas_kernels/grouped_gate_up.py`).
 
 Families differ in the router alone, and say how in a `MoEConfig`:
 
@@ -34,10 +37,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from fp8jax import fused_ops, gradients, ops
-from fp8jax.kernel_choice import runs_kernel
-from fp8jax.layers import Step
-from fp8jax.ops import PartialSums, QActivation
+from fp8jax import ops
+from fp8jax.models.layers import Step
+from fp8jax.ops import fused as fused_ops
+from fp8jax.ops import gradients
+from fp8jax.ops.choice import runs_kernel
+from fp8jax.ops.matmul import PartialSums, QActivation
 from fp8jax.pallas_kernels import expert_routing
 from fp8jax.pallas_kernels.interpret_mode import interpreting
 from fp8jax.pallas_kernels.quantize import rounded
@@ -53,8 +58,8 @@ class ExpertNames:
 
     Args:
         router: the router's weight `[e, h]`.
-        gate_up: names that stack along rows to gate and up. With "{e}" in them, one name of gate and one of up an expert;
-            without, one tensor `[e, 2i, h]` of all experts.
+        gate_up: names that stack along rows to gate and up. With "{e}" in them, one name of gate
+            and one of up an expert; without, one tensor `[e, 2i, h]` of all experts.
         down: the same for down, `[h, i]` an expert or `[e, h, i]`.
     """
 
@@ -100,14 +105,16 @@ class MoEConfig:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Slots:
-    """The r = t · k pairs (token, choice), sorted by expert, stably.
+    """The r = t Â· k pairs (token, choice), sorted by expert, stably.
 
     Args:
         row: int32 `[r]`, the token of a slot.
-        out_row: int32 `[r]`, choice · t + token: where what a slot gives belongs in `[k, t]` flattened.
+        out_row: int32 `[r]`, choice Â· t + token: where what a slot gives belongs in `[k, t]`
+            flattened.
         weight: float32 `[r]`, what the expert's output is multiplied by.
         sizes: int32 `[e]`, slots of each expert.
-        work: the grouped kernels' list of tiles of block_m slots, where it was made along with the rest.
+        work: the grouped kernels' list of tiles of block_m slots, where it was made along with the
+            rest.
         block_m: of work (static).
     """
 
@@ -120,13 +127,14 @@ class Slots:
 
 
 class Router(nnx.Module):
-    """The weight `[e, h]` whose product with a token is its affinity to each expert. Never quantized."""
+    """The weight `[e, h]` whose product with a token is its affinity to each expert. Never
+    quantized."""
 
     def __init__(self, num_experts: int, hidden: int, *, dtype):
         self.weight: Any = nnx.data(jax.ShapeDtypeStruct((num_experts, hidden), dtype))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return ops.matmul(x, self.weight)
+        return ops.float_matmul(x, self.weight)
 
 
 class Experts(nnx.Module):
@@ -170,8 +178,8 @@ class Experts(nnx.Module):
         valid: jax.Array | None = None,
         implementation: ops.Implementation = "auto",
     ) -> jax.Array | PartialSums:
-        """The same for sorted slots and for rows that may come quantized; in decode, the sum over the choices is left to who
-        reads the result, who reads it anyway."""
+        """The same for sorted slots and for rows that may come quantized; in decode, the sum over
+        the choices is left to who reads the result, who reads it anyway."""
         t, h = x.shape
         dtype = x.dtype if isinstance(x, jax.Array) else self.dtype
         # Of out_dtype alone this could not be said: in decode, parts are float32 in every model.
@@ -225,7 +233,13 @@ class SparseMoE(nnx.Module):
         rows = plain.reshape(-1, plain.shape[-1])
         valid = None if step.valid is None else step.valid.reshape(-1)
         logits, implementation = self.gate(rows), step.implementation
-        slots = assign(logits, self.config, valid=valid, stack=self.experts.gate_up_proj, implementation=implementation)
+        slots = assign(
+            logits,
+            self.config,
+            valid=valid,
+            stack=self.experts.gate_up_proj,
+            implementation=implementation,
+        )
         quantized = x if isinstance(x, QActivation) else rows
         out = self.experts.on_slots(quantized, slots, valid=valid, implementation=implementation)
         shape = (*step.positions.shape, rows.shape[-1])
@@ -253,8 +267,14 @@ def assign(
     """
     (t, e), k = logits.shape, config.top_k
     block_m = ops.grouped_block_m(stack, t, t * k, implementation)
-    unsupported = "no kernel reads its list" if block_m is None else expert_routing.supported(t, e, k, logits.dtype)
-    if block_m is None or not runs_kernel("route_experts", implementation, unsupported, otherwise="reference"):
+    unsupported = (
+        "no kernel reads its list"
+        if block_m is None
+        else expert_routing.why_not(t, e, k, logits.dtype)
+    )
+    if block_m is None or not runs_kernel(
+        "route_experts", implementation, unsupported, otherwise="reference"
+    ):
         return sort_by_expert(*route(logits, config), e, valid)
     weight_dtype = logits.dtype.name if config.weight_dtype == "activation" else "float32"
     rule = expert_routing.Rule(k, config.softmax_over, config.renormalise, weight_dtype)
@@ -280,7 +300,8 @@ def route(logits: jax.Array, config: MoEConfig) -> tuple[jax.Array, jax.Array]:
         logits: float `[t, e]`.
         config: the family's way.
     Returns:
-        experts int32 `[t, k]`, the strongest first, of equals the lower index; weights float32 `[t, k]`.
+        experts int32 `[t, k]`, the strongest first, of equals the lower index; weights float32
+        `[t, k]`.
     """
     wide = rounded(logits.astype(jnp.float32), logits.dtype)
     if config.softmax_over == "chosen":
@@ -295,7 +316,9 @@ def route(logits: jax.Array, config: MoEConfig) -> tuple[jax.Array, jax.Array]:
     return experts, weights
 
 
-def sort_by_expert(experts: jax.Array, weights: jax.Array, num_experts: int, valid: jax.Array | None = None) -> Slots:
+def sort_by_expert(
+    experts: jax.Array, weights: jax.Array, num_experts: int, valid: jax.Array | None = None
+) -> Slots:
     """Sort the pairs (token, choice) by expert; those of padding come last and belong to no one.
 
     Args:
@@ -310,7 +333,12 @@ def sort_by_expert(experts: jax.Array, weights: jax.Array, num_experts: int, val
     key = experts.reshape(-1)
     pair = jnp.argsort(key, stable=True).astype(jnp.int32)
     sizes = jnp.zeros(num_experts, jnp.int32).at[key].add(1, mode="drop")
-    return Slots(row=pair // k, out_row=pair % k * t + pair // k, weight=weights.reshape(-1)[pair], sizes=sizes)
+    return Slots(
+        row=pair // k,
+        out_row=pair % k * t + pair // k,
+        weight=weights.reshape(-1)[pair],
+        sizes=sizes,
+    )
 
 
 def _grouped(
@@ -328,7 +356,9 @@ def _grouped(
 ) -> jax.Array:
     per_slot = {"rows": rows, "row_weight": row_weight, "out_rows": out_rows}
     if not isinstance(w, QArray | SplitQArray):
-        assert not isinstance(x, QActivation), "activations are quantized for quantized weights only"
+        assert not isinstance(x, QActivation), (
+            "activations are quantized for quantized weights only"
+        )
         return ops.grouped_matmul(x, w, slots.sizes, **per_slot)
     return ops.grouped_scaled_matmul(
         x,

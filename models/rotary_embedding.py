@@ -1,8 +1,8 @@
 """Rotary position embedding: the frequencies of every published rope type, and the rotation.
 
-Channel pair i of a head turns by the angle position · f_i with f_i = theta^(−2i/D), D the rotated width of a head.
-The halves of a head are the pairs ("rotate half"): out = [x₁·cos − x₂·sin, x₂·cos + x₁·sin]. To reach longer contexts,
-models scale f:
+Channel pair i of a head turns by the angle position · f_i with f_i = theta^(−2i/D), D the rotated
+width of a head. The halves of a head are the pairs ("rotate half"): out = [x₁·cos − x₂·sin, x₂·cos
++ x₁·sin]. To reach longer contexts, models scale f:
 
     linear    f / factor
     llama3    long waves / factor, short ones as they are, a linear blend between
@@ -54,9 +54,12 @@ class Rope:
         """f_i in radians a position, float32 `[rotary_dim / 2]`.
 
         Raises:
-            ArithmeticError, ValueError: a logarithm of nothing, a division by zero: numbers that make no rope.
+            ArithmeticError, ValueError: a logarithm of nothing, a division by zero: numbers that
+                make no rope.
         """
-        with np.errstate(all="ignore"):  # what is not finite in the end is for the reader of the config to judge
+        with np.errstate(
+            all="ignore"
+        ):  # what is not finite in the end is for the reader of the config to judge
             return self._scaled(self._unscaled(self._base())).astype(np.float32)
 
     def multiplier(self) -> float:
@@ -74,10 +77,14 @@ class Rope:
         return growth(1.0)
 
     def _base(self) -> float:
-        if self.rope_type != "dynamic" or self.rotary_dim == 2:  # a single pair turns by one radian, whatever the base
+        if (
+            self.rope_type != "dynamic" or self.rotary_dim == 2
+        ):  # a single pair turns by one radian, whatever the base
             return self.theta
         # Stretched by (s·n/M − (s − 1))^(D/(D−2)), n = M tokens: 1, or what rounding makes of it.
-        return self.theta * (self.factor - (self.factor - 1)) ** (self.rotary_dim / (self.rotary_dim - 2))
+        return self.theta * (self.factor - (self.factor - 1)) ** (
+            self.rotary_dim / (self.rotary_dim - 2)
+        )
 
     def _unscaled(self, base: float) -> np.ndarray:
         return base ** (-np.arange(0, self.rotary_dim, 2, dtype=np.float64) / self.rotary_dim)
@@ -136,4 +143,8 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     cos, sin = cos[:, :, None, :], sin[:, :, None, :]
     x1, x2 = x[..., :half].astype(jnp.float32), x[..., half : 2 * half].astype(jnp.float32)
     turned = jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
-    return turned if 2 * half == x.shape[-1] else jnp.concatenate([turned, x[..., 2 * half :]], axis=-1)
+    return (
+        turned
+        if 2 * half == x.shape[-1]
+        else jnp.concatenate([turned, x[..., 2 * half :]], axis=-1)
+    )

@@ -1,7 +1,7 @@
 """What is wrong with a checkpoint, said in one error whatever the number of faults.
 
-Files come from strangers, and a hostile one can hold millions of faults. `Faults` keeps the first thousand and counts the
-rest, so that gathering them costs neither memory nor a screenful.
+Files come from strangers, and a hostile one can hold millions of faults. `Faults` keeps the first
+thousand and counts the rest, so that gathering them costs neither memory nor a screenful.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,7 +15,8 @@ shown_value = Repr(maxlevel=2, maxlist=8, maxdict=4, maxstring=60, maxlong=40, m
 
 
 class Faults:
-    """Sentences about what is wrong: `len` counts all of them, iteration gives the first `MAX_FAULTS_KEPT`."""
+    """Sentences about what is wrong: `len` counts all of them, iteration gives the first
+    `MAX_FAULTS_KEPT`."""
 
     def __init__(self, faults: Iterable[str] = (), *, count: int = 0):
         self._kept: list[str] = []
@@ -79,6 +80,7 @@ class CheckpointError(ValueError):
 
 
 def shown(name: str) -> str:
-    """Returns a tensor or file name fit for a message: escaped if it would garble a terminal, cut if very long."""
+    """Returns a tensor or file name fit for a message: escaped if it would garble a terminal, cut
+    if very long."""
     text = name if name and name.isprintable() else ascii(name)
     return text if len(text) <= 200 else f"{text[:200]}… ({len(text)} characters)"

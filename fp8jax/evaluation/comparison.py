@@ -1,17 +1,21 @@
-"""One table that shows what each scheme saves and costs on a checkpoint: what `scripts/evaluate.py` and the demo print.
+"""One table that shows what each scheme saves and costs on a checkpoint: what `scripts/evaluate.py`
+and the demo print.
 
-The checkpoint is loaded once unquantized, as the reference, then once a scheme, never more than two models at a time.
-Of each load the table shows
+The checkpoint is loaded once unquantized, as the reference, then once a scheme, never more than two
+models at a time. Of each load the table shows
 
-- weight bytes, load seconds and peak private host memory above what the process held before, from the load report;
-- perplexity, KL divergence and top-1 agreement against the reference (`fp8jax.evaluation` has the formulas);
-- decoding speed: new tokens over seconds of one `generate` call on all prompts, prefill included, the median of a few
-  calls after a first one that compiles. On a CPU this is the speed of the plain reference path, where FP8 operands are
-  widened before they are multiplied, and says nothing about a GPU;
+- weight bytes, load seconds and peak private host memory above what the process held before, from
+  the load report;
+- perplexity, KL divergence and top-1 agreement against the reference (`fp8jax.metrics.metrics` has
+  the formulas);
+- decoding speed: new tokens over seconds of one `generate` call on all prompts, prefill included,
+  the median of a few calls after a first one that compiles. On a CPU this is the speed of the plain
+  reference path, where FP8 operands are widened before they are multiplied, and says nothing about
+  a GPU;
 - the greedy continuation of each prompt.
 
-A checkpoint without tokenizer is scored on random tokens from a fixed seed: its perplexity then means nothing, KL and
-top-1 still say whether quantization changed the model.
+A checkpoint without tokenizer is scored on random tokens from a fixed seed: its perplexity then
+means nothing, KL and top-1 still say whether quantization changed the model.
 """
 
 import ctypes
@@ -30,7 +34,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from fp8jax import evaluation
+from fp8jax.evaluation import metrics
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -56,7 +60,9 @@ class SchemeResult:
 
     scheme: str
     weight_bytes: int  # of the whole model, embeddings and norms included
-    quantized_share: float | None  # bytes of the quantized layers, scales included, over their bytes in the checkpoint
+    quantized_share: (
+        float | None
+    )  # bytes of the quantized layers, scales included, over their bytes in the checkpoint
     load_seconds: float
     peak_host_bytes: int  # while loading, above what the process held before
     perplexity: float
@@ -68,7 +74,8 @@ class SchemeResult:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SchemeComparison:
-    """The table with everything needed to read or repeat it; `dataclasses.asdict` of it is its JSON."""
+    """The table with everything needed to read or repeat it; `dataclasses.asdict` of it is its
+    JSON."""
 
     model: str
     text: str
@@ -90,28 +97,40 @@ class SchemeComparison:
 
 
 def text_inputs(
-    lm: "LanguageModel", text: str, *, prompts: Sequence[str], window: int, max_tokens: int, source: str
+    lm: "LanguageModel",
+    text: str,
+    *,
+    prompts: Sequence[str],
+    window: int,
+    max_tokens: int,
+    source: str,
 ) -> EvaluationInputs:
-    """Windows of a text under the model's own tokenizer, each beginning as the tokenizer begins a text.
+    """Windows of a text under the model's own tokenizer, each beginning as the tokenizer begins a
+    text.
 
     Raises:
         ValueError: the checkpoint has no tokenizer, or the text is shorter than a window.
     """
     if lm.tokenizer is None:
         raise ValueError(
-            "the checkpoint folder has no tokenizer files, so a text cannot be scored nor a prompt read; add"
-            " tokenizer.json to it, or leave the text out to score random tokens"
+            "the checkpoint folder has no tokenizer files, so a text cannot be scored nor a "
+            "prompt read; add tokenizer.json to it, or leave the text out to score random tokens"
         )
     prefix = lm.tokenizer.encode("")  # [bos] for models that want one, else nothing
-    ids = lm.tokenizer.encode(text, add_special_tokens=False, verbose=False)  # the text is longer than the context
-    windows = evaluation.token_windows(ids[:max_tokens], window, prefix=prefix)
+    ids = lm.tokenizer.encode(
+        text, add_special_tokens=False, verbose=False
+    )  # the text is longer than the context
+    windows = metrics.token_windows(ids[:max_tokens], window, prefix=prefix)
     return EvaluationInputs(windows=windows, prompts=list(prompts), source=source)
 
 
-def random_inputs(vocab_size: int, *, window: int, max_tokens: int, seed: int = 0) -> EvaluationInputs:
-    """Random windows, and the beginnings of the first two as prompts, for a checkpoint without tokenizer."""
+def random_inputs(
+    vocab_size: int, *, window: int, max_tokens: int, seed: int = 0
+) -> EvaluationInputs:
+    """Random windows, and the beginnings of the first two as prompts, for a checkpoint without
+    tokenizer."""
     ids = np.random.default_rng(seed).integers(0, vocab_size, max_tokens)
-    windows = evaluation.token_windows(ids, window)
+    windows = metrics.token_windows(ids, window)
     prompts = [[int(token) for token in row[:8]] for row in windows[:2]]
     return EvaluationInputs(windows=windows, prompts=prompts, source=f"random tokens, seed {seed}")
 
@@ -149,8 +168,11 @@ def compare_schemes(
             _return_freed_memory()
             lm = load(scheme)
         report(f"{scheme}: scoring {inputs.windows[:, 1:].size} tokens")
-        quality = evaluation.compare(reference, lm, inputs.windows, batch_size=batch_size)
-        report(f"{scheme}: generating {len(inputs.prompts)} x {new_tokens} tokens, {1 + TIMED_CALLS} times")
+        quality = metrics.compare(reference, lm, inputs.windows, batch_size=batch_size)
+        report(
+            f"{scheme}: generating {len(inputs.prompts)} x {new_tokens} tokens, {1 + TIMED_CALLS} "
+            "times"
+        )
         speed, continuations = _time_generation(lm, inputs.prompts, new_tokens)
         results.append(
             SchemeResult(
@@ -178,7 +200,9 @@ def compare_schemes(
         dtype=dtype,
         device=f"{jax.device_count()} x {device.device_kind}{host}",
         on_cpu=on_cpu,
-        versions={name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy")},
+        versions={
+            name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy")
+        },
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         prompts=[str(prompt) for prompt in inputs.prompts],
         new_tokens=new_tokens,
@@ -189,8 +213,9 @@ def compare_schemes(
 def _return_freed_memory() -> None:
     """Give what the C allocator keeps of freed memory back to the system.
 
-    The load report counts growth: what a load took from memory that earlier scoring had left lying about (170 MB, seen
-    with SmolLM2) would not count, and the later rows of the table would look better than they are.
+    The load report counts growth: what a load took from memory that earlier scoring had left lying
+    about (170 MB, seen with SmolLM2) would not count, and the later rows of the table would look
+    better than they are.
     """
     gc.collect()
     if platform.libc_ver()[0] == "glibc":
@@ -203,7 +228,8 @@ def _quantized_share(lm: "LanguageModel") -> float | None:
 
 
 def _time_generation(lm: "LanguageModel", prompts: Any, new_tokens: int) -> tuple[float, list[str]]:
-    """Median tokens a second over warm calls, and the continuations (token ids where there is no tokenizer)."""
+    """Median tokens a second over warm calls, and the continuations (token ids where there is no
+    tokenizer)."""
     generations = lm.generate(prompts, max_new_tokens=new_tokens, temperature=0.0)  # compiles
     count, seconds = sum(len(generation.token_ids) for generation in generations), []
     for _ in range(TIMED_CALLS):
@@ -215,13 +241,14 @@ def _time_generation(lm: "LanguageModel", prompts: Any, new_tokens: int) -> tupl
 
 
 def render_table(comparison: SchemeComparison) -> "Table":
-    """The comparison as a rich table: quantities as rows, schemes as columns, so that it fits a terminal."""
+    """The comparison as a rich table: quantities as rows, schemes as columns, so that it fits a
+    terminal."""
     from rich.table import Table
     from rich.text import Text
 
     title = (
-        f"{comparison.model}\n{comparison.scored_tokens} tokens scored in windows of {comparison.window}"
-        f" ({comparison.text}), {comparison.dtype}, {comparison.device}"
+        f"{comparison.model}\n{comparison.scored_tokens} tokens scored in windows of "
+        f"{comparison.window} ({comparison.text}), {comparison.dtype}, {comparison.device}"
     )
     table = Table(title=title, show_lines=True)
     table.add_column("")
@@ -231,7 +258,9 @@ def render_table(comparison: SchemeComparison) -> "Table":
         table.add_row(label, *(read(result) for result in comparison.results))
     for i, prompt in enumerate(comparison.prompts):
         # Text, not str: a model may well generate what rich would read as markup.
-        cells = [Text(result.continuations[i].strip(), justify="left") for result in comparison.results]
+        cells = [
+            Text(result.continuations[i].strip(), justify="left") for result in comparison.results
+        ]
         table.add_row(Text(f"“{prompt}” ..."), *cells)
     return table
 
@@ -252,7 +281,8 @@ def _quantities(comparison: SchemeComparison) -> Mapping[str, Callable[[SchemeRe
 
 
 def save_plot(comparison: SchemeComparison, path: Path) -> None:
-    """Bars of weight bytes, peak memory, perplexity, KL, top-1 agreement and speed, a panel each, as PNG."""
+    """Bars of weight bytes, peak memory, perplexity, KL, top-1 agreement and speed, a panel each,
+    as PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # no display, no global state
     from matplotlib.figure import Figure
 
@@ -277,8 +307,8 @@ def save_plot(comparison: SchemeComparison, path: Path) -> None:
         axis.margins(y=0.15)
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(
-        f"{Path(comparison.model).name}: {comparison.scored_tokens} tokens of {comparison.text}, {comparison.dtype},"
-        f" {comparison.device}, {comparison.date[:10]}",
+        f"{Path(comparison.model).name}: {comparison.scored_tokens} tokens of {comparison.text}, "
+        f"{comparison.dtype}, {comparison.device}, {comparison.date[:10]}",
         fontsize=11,
     )
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,13 +1,14 @@
 """Telling whether a checkpoint is quantized already, and in which format.
 
-Online quantization starts from BF16 or FP16. An FP8, GPTQ or AWQ checkpoint given by mistake must not end in a list of
-two thousand unknown tensors, so its format is recognised and named. There are two witnesses, and either is enough:
+Online quantization starts from BF16 or FP16. An FP8, GPTQ or AWQ checkpoint given by mistake must
+not end in a list of two thousand unknown tensors, so its format is recognised and named. There are
+two witnesses, and either is enough:
 
     what is declared    config.json: quantization_config (or compression_config), or a file that a quantizer leaves
     what is stored      names that only packed formats use, or 8-bit weights, most with a scale beside them
 
-The declaration alone is not trusted to be there (ModelOpt writes another file, hand-made conversions none), and the
-tensors alone do not name the format well.
+The declaration alone is not trusted to be there (ModelOpt writes another file, hand-made
+conversions none), and the tensors alone do not name the format well.
 
     format                     weight            beside it
     fp8, block scales          F8_E4M3 [n, k]    weight_scale_inv [⌈n/128⌉, ⌈k/128⌉]
@@ -23,7 +24,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fp8jax.safetensors_file import TensorInfo, shown
+from fp8jax.checkpoints.safetensors_file import TensorInfo, shown
 
 # Name endings that one format alone writes.
 PACKED_NAMES = {
@@ -36,13 +37,23 @@ PACKED_NAMES = {
     "_proj_blocks": "mxfp4",
 }
 # Files that announce a format without a word in config.json.
-QUANTIZER_FILES = {"hf_quant_config.json": "modelopt", "quantize_config.json": "gptq", "quant_config.json": "awq"}
+QUANTIZER_FILES = {
+    "hf_quant_config.json": "modelopt",
+    "quantize_config.json": "gptq",
+    "quant_config.json": "awq",
+}
 
 
 def declared_format(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """Returns the format that the configuration files declare, with the place that does; None if there is none."""
-    text_config = config.get("text_config")  # where models that also see images keep the language model
-    for where, holder in [("", config), ("text_config.", text_config if isinstance(text_config, dict) else {})]:
+    """Returns the format that the configuration files declare, with the place that does; None if
+    there is none."""
+    text_config = config.get(
+        "text_config"
+    )  # where models that also see images keep the language model
+    for where, holder in [
+        ("", config),
+        ("text_config.", text_config if isinstance(text_config, dict) else {}),
+    ]:
         for key in ("quantization_config", "compression_config"):
             if holder.get(key):
                 return f"config.json, {where}{key}: {_name_of(holder[key])}"
@@ -53,7 +64,8 @@ def declared_format(folder: Path, config: Mapping[str, Any]) -> str | None:
 
 
 def stored_format(tensors: Mapping[str, TensorInfo]) -> str | None:
-    """Returns the format that the tensors give away, with the first one that does; None if all are plain."""
+    """Returns the format that the tensors give away, with the first one that does; None if all are
+    plain."""
     for name in tensors:
         for ending, format_name in PACKED_NAMES.items():
             if name.endswith(ending):
@@ -72,7 +84,9 @@ def stored_format(tensors: Mapping[str, TensorInfo]) -> str | None:
                 f"{layer}.qscale_weight": "fp8 with .qscale_weight",
             }
             scale = next((scale for scale in scales if scale in tensors), None)
-            beside = f"with the scale {shown(scale)} ({scales[scale]})" if scale else "without a scale"
+            beside = (
+                f"with the scale {shown(scale)} ({scales[scale]})" if scale else "without a scale"
+            )
             return f"tensor {shown(name)} is {dtype} {beside}"
     return None
 

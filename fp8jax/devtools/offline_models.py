@@ -1,10 +1,11 @@
-"""A decode step or a prefill of a named model, to compile offline: for tests and for `scripts/inspect_kernels.py`.
+"""A decode step or a prefill of a named model, to compile offline: for tests and for
+`scripts/inspect_kernels.py`.
 
-The model is abstract, shapes without numbers, so that Llama-3.1-8B costs no memory; a few of its layers are enough,
-since all are alike. Run with `pallas_kernels/offline_compile.py`:
+The model is abstract, shapes without numbers, so that Llama-3.1-8B costs no memory; a few of its
+layers are enough, since all are alike. Run with `fp8jax/devtools/offline_compile.py`:
 
     with OfflineCompiler() as compiler:
-        compiler.compile("h100", "fp8jax.offline_models:decode_step", {"model": "llama-3.1-8b", "batch": 1, "layers": 2})
+        compiler.compile("h100", "fp8jax.devtools.offline_models:decode_step", {"model": "llama-3.1-8b", "batch": 1, "layers": 2})
 """
 
 from typing import Any
@@ -14,11 +15,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fp8jax import generation
-from fp8jax.kernel_choice import Implementation
-from fp8jax.layers import Linear
+from fp8jax.devtools.offline_compile import Program
 from fp8jax.models import CausalLM, DecoderConfig, read_decoder_config
-from fp8jax.moe import Experts
-from fp8jax.pallas_kernels.offline_compile import Program
+from fp8jax.models.layers import Linear
+from fp8jax.models.moe import Experts
+from fp8jax.ops.choice import Implementation
 from fp8jax.qarray import QArray, SplitQArray, quantize, rows_of_parts, split_rows
 
 _LLAMA_31: dict[str, Any] = {
@@ -40,9 +41,19 @@ _LLAMA_31: dict[str, Any] = {
 # The numbers of a config.json, without the weights that go with them.
 MODELS: dict[str, dict[str, Any]] = {
     "llama-3.1-8b": _LLAMA_31
-    | {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_hidden_layers": 32},
+    | {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+    },
     "llama-3.1-70b": _LLAMA_31
-    | {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_hidden_layers": 80},
+    | {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_attention_heads": 64,
+        "num_hidden_layers": 80,
+    },
     "granite-3.0-1b-a400m": {
         "architectures": ["GraniteMoeForCausalLM"],
         "vocab_size": 49155,
@@ -83,9 +94,14 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def abstract_model(
-    model: str, scheme: str | None, *, layers: int | None = None, implementation: Implementation = "auto"
+    model: str,
+    scheme: str | None,
+    *,
+    layers: int | None = None,
+    implementation: Implementation = "auto",
 ) -> CausalLM:
-    """A named model without numbers, every linear layer but lm_head and every stack of experts quantized.
+    """A named model without numbers, every linear layer but lm_head and every stack of experts
+    quantized.
 
     Args:
         model: a key of `MODELS`.
@@ -151,14 +167,20 @@ def prefill(
     """
     made = abstract_model(model, scheme, layers=layers, implementation=implementation)
     cache = jax.eval_shape(lambda: made.empty_cache(batch, cache_length))
-    prompts, lengths = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((batch, tokens), (batch,)))
+    prompts, lengths = (
+        jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((batch, tokens), (batch,))
+    )
     return Program(generation.prefill, (made, cache, prompts, lengths), donate_argnums=(1,))
 
 
 def _quantized(weight: jax.ShapeDtypeStruct, scheme: str, *, row_groups: int = 1) -> Any:
     def as_loaded(weight: jax.Array) -> QArray | SplitQArray:
         q = quantize(weight, scheme, row_groups=row_groups)
-        rows = rows_of_parts(weight.shape, row_groups=row_groups) if weight.ndim == 3 else (weight.shape[0],)
+        rows = (
+            rows_of_parts(weight.shape, row_groups=row_groups)
+            if weight.ndim == 3
+            else (weight.shape[0],)
+        )
         return q if len(rows) == 1 else split_rows(q, rows)
 
     return nnx.data(jax.eval_shape(as_loaded, weight))

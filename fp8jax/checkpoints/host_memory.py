@@ -1,7 +1,8 @@
 """How much memory of its own the process holds, and the most it held meanwhile.
 
-What counts is private memory (RssAnon on Linux): the pages of a checkpoint's files are in the page cache, which the kernel
-takes back whenever it wants. Where RssAnon is not known, the resident set is what there is.
+What counts is private memory (RssAnon on Linux): the pages of a checkpoint's files are in the page
+cache, which the kernel takes back whenever it wants. Where RssAnon is not known, the resident set
+is what there is.
 """
 
 import ctypes
@@ -29,7 +30,8 @@ def private_bytes() -> int:
 
 
 class PeakMemory:
-    """A context that samples private memory every 5 ms in a thread; `peak` and `start` are in bytes."""
+    """A context that samples private memory every 5 ms in a thread; `peak` and `start` are in
+    bytes."""
 
     def __init__(self) -> None:
         self.start = self.peak = 0
@@ -43,7 +45,10 @@ class PeakMemory:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self._stop.set()
         self._thread.join()
@@ -55,7 +60,8 @@ class PeakMemory:
 
 
 def _give_back_freed_memory() -> None:
-    """Return what was freed before to the system, or the next allocations would come from it and not show."""
+    """Return what was freed before to the system, or the next allocations would come from it and
+    not show."""
     gc.collect()
     with suppress(AttributeError, OSError, TypeError):  # glibc only
         ctypes.CDLL(None).malloc_trim(0)

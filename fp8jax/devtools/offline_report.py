@@ -1,8 +1,8 @@
 """What a compiled program consists of, read from what XLA and ptxas write.
 
-Three sources, joined by the names of kernels: XLA's list of launches (order, grid, threads, shared memory), ptxas'
-`-v` log (registers, spills) and the PTX itself (instructions). The optimized HLO adds which buffers the program
-writes, and how large they are.
+Three sources, joined by the names of kernels: XLA's list of launches (order, grid, threads, shared
+memory), ptxas' `-v` log (registers, spills) and the PTX itself (instructions). The optimized HLO
+adds which buffers the program writes, and how large they are.
 """
 
 import dataclasses
@@ -12,9 +12,10 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from fp8jax.pallas_kernels.offline_targets import Target
+from fp8jax.devtools.offline_targets import Target
 
-# Tensor-core instructions by operand type. Anything of "mma.sync" or "wgmma" on f16 in an FP8 kernel is the fallback to look for.
+# Tensor-core instructions by operand type. Anything of "mma.sync" or "wgmma" on f16 in an FP8
+# kernel is the fallback to look for.
 _INSTRUCTIONS = {
     "wgmma.e4m3": r"wgmma\.mma_async\.\S+\.e4m3\.e4m3",
     "wgmma.f16": r"wgmma\.mma_async\.\S+\.f16\.f16",
@@ -30,7 +31,9 @@ _INSTRUCTIONS = {
     "float32 add": r"\badd(\.rn)?(\.ftz)?\.f32(x2)?\s",
 }
 FP8_INSTRUCTIONS = ("wgmma.e4m3", "mma.e4m3", "tcgen05.f8")
-_OTHER_TENSOR_CORE = tuple(name for name in _INSTRUCTIONS if "." in name and name not in FP8_INSTRUCTIONS)
+_OTHER_TENSOR_CORE = tuple(
+    name for name in _INSTRUCTIONS if "." in name and name not in FP8_INSTRUCTIONS
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +71,8 @@ class KernelReport:
 
 @dataclasses.dataclass(frozen=True)
 class Buffer:
-    """A result that a step of the program writes: its HLO name, opcode (a fusion with its kind), dtype, shape and bytes."""
+    """A result that a step of the program writes: its HLO name, opcode (a fusion with its kind),
+    dtype, shape and bytes."""
 
     name: str
     opcode: str
@@ -84,9 +88,12 @@ class CompileReport:
     Args:
         device: name of the GPU.
         kernels: by name.
-        launches: names of kernels and of other steps ("kCopy", "kMemset", ...) in order; the body of a loop comes once.
-        buffers: results of the program's steps, loops included, largest first. An update in place shows with the size of the whole.
-        bytes_by_use: "arguments", "outputs", "aliased" (arguments reused as outputs) and "temporary".
+        launches: names of kernels and of other steps ("kCopy", "kMemset", ...) in order; the body
+            of a loop comes once.
+        buffers: results of the program's steps, loops included, largest first. An update in place
+            shows with the size of the whole.
+        bytes_by_use: "arguments", "outputs", "aliased" (arguments reused as outputs) and
+            "temporary".
     """
 
     device: str
@@ -101,20 +108,37 @@ class CompileReport:
             name: KernelReport(**{**kernel, "grid": tuple(kernel["grid"])})
             for name, kernel in fields["kernels"].items()
         }
-        buffers = tuple(Buffer(**{**buffer, "shape": tuple(buffer["shape"])}) for buffer in fields["buffers"])
+        buffers = tuple(
+            Buffer(**{**buffer, "shape": tuple(buffer["shape"])}) for buffer in fields["buffers"]
+        )
         return cls(
-            **{**fields, "kernels": kernels, "launches": tuple(fields["launches"]), "buffers": buffers},
+            **{
+                **fields,
+                "kernels": kernels,
+                "launches": tuple(fields["launches"]),
+                "buffers": buffers,
+            },
         )
 
-    def buffers_of_at_least(self, size: int, *, except_custom_calls: bool = True) -> tuple[Buffer, ...]:
-        """Results of `size` bytes or more; without those that a kernel of ours writes, what is left moves or converts data."""
+    def buffers_of_at_least(
+        self, size: int, *, except_custom_calls: bool = True
+    ) -> tuple[Buffer, ...]:
+        """Results of `size` bytes or more; without those that a kernel of ours writes, what is left
+        moves or converts data."""
         return tuple(
-            b for b in self.buffers if b.bytes >= size and not (except_custom_calls and b.opcode == "custom-call")
+            b
+            for b in self.buffers
+            if b.bytes >= size and not (except_custom_calls and b.opcode == "custom-call")
         )
 
 
 def read_report(
-    *, target: Target, launches: str, hlo: str, ptxas: Iterable[tuple[str, str]], bytes_by_use: Mapping[str, int]
+    *,
+    target: Target,
+    launches: str,
+    hlo: str,
+    ptxas: Iterable[tuple[str, str]],
+    bytes_by_use: Mapping[str, int],
 ) -> CompileReport:
     """Join the compiler's outputs.
 
@@ -122,7 +146,8 @@ def read_report(
         target: the GPU.
         launches: XLA's list of launches.
         hlo: the optimized HLO.
-        ptxas: PTX and `-v` log of each call, in order of time: XLA may compile a kernel twice, and the last one counts.
+        ptxas: PTX and `-v` log of each call, in order of time: XLA may compile a kernel twice, and
+            the last one counts.
         bytes_by_use: as in `CompileReport`.
     """
     code = {}
@@ -146,7 +171,9 @@ def read_report(
                 spill_bytes=spills,
                 instructions=_instructions(body),
                 copy_widths=_copy_widths(body),
-                blocks_per_sm=blocks_per_sm(target, registers=registers, threads=threads, shared_bytes=shared),
+                blocks_per_sm=blocks_per_sm(
+                    target, registers=registers, threads=threads, shared_bytes=shared
+                ),
             )
     return CompileReport(target.name, kernels, tuple(order), _buffers(hlo), dict(bytes_by_use))
 
@@ -188,12 +215,15 @@ def _instructions(body: str) -> dict[str, int]:
 
 def _copy_widths(body: str) -> dict[str, int]:
     # cp.async.cg.shared.global [ %r1 + 0 ], [ %rd1 + 0 ], 0x10, %r2;
-    widths = re.findall(r"cp\.async\.c[ag]\.shared\.global\b[^,;]*,[^,;]*,\s*(0x[0-9a-fA-F]+|\d+)", body)
+    widths = re.findall(
+        r"cp\.async\.c[ag]\.shared\.global\b[^,;]*,[^,;]*,\s*(0x[0-9a-fA-F]+|\d+)", body
+    )
     return dict(Counter(str(int(width, 0)) for width in widths))
 
 
 def _launch_list(text: str) -> list[tuple[str, tuple[int, int, int] | None, int, int]]:
-    """Name, grid, threads and shared bytes of each step; what is no kernel goes by its kind, bookkeeping is left out."""
+    """Name, grid, threads and shared bytes of each step; what is no kernel goes by its kind,
+    bookkeeping is left out."""
     steps = []
     for line in text.splitlines():
         step = re.match(r"\s*\d+:\s+(k\w+)", line)
@@ -207,7 +237,8 @@ def _launch_list(text: str) -> list[tuple[str, tuple[int, int, int] | None, int,
         ):
             continue
         kernel = re.search(
-            r"\]\s+(\S+) grid: \[(\d+), (\d+), (\d+)\] threads: \[(\d+), (\d+), (\d+)\]\s+shared_memory: (\d+)", line
+            r"\]\s+(\S+) grid: \[(\d+), (\d+), (\d+)\] threads: \[(\d+), (\d+), (\d+)\]\s+shared_memory: (\d+)",
+            line,
         )
         if kernel:
             numbers = [int(number) for number in kernel.groups()[1:]]
@@ -239,7 +270,12 @@ def _buffers(hlo: str) -> tuple[Buffer, ...]:
         if header := re.match(r"(?:ENTRY )?%?([\w.\-$]+) \(.*\{$", line):
             computation = header[1]
         instruction = re.match(r"\s+(?:ROOT )?%?([\w.\-$]+) = (\(?.*?)\s([a-z][\w\-]*)\(", line)
-        if not instruction or computation in inside or instruction[3] in _NO_WRITE or instruction[3].endswith("-done"):
+        if (
+            not instruction
+            or computation in inside
+            or instruction[3] in _NO_WRITE
+            or instruction[3].endswith("-done")
+        ):
             continue
         kind = re.search(r"kind=k(\w+)", line)
         opcode = f"{instruction[3]} {kind[1].lower()}" if kind else instruction[3]

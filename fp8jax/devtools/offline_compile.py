@@ -1,22 +1,23 @@
 """Compile for an NVIDIA GPU on a machine that has none, and read what came out.
 
-XLA's GPU compiler needs a description of the target, not the target: with the CUDA plugin of JAX (no CUDA libraries),
-`ptxas` and libdevice (the extra `[offline-gpu]`) a CPU machine produces the code that the GPU would run. Speed cannot
-be seen this way; these can:
+XLA's GPU compiler needs a description of the target, not the target: with the CUDA plugin of JAX
+(no CUDA libraries), `ptxas` and libdevice (the extra `[offline-gpu]`) a CPU machine produces the
+code that the GPU would run. Speed cannot be seen this way; these can:
 
-- per kernel: registers, spills, shared memory, blocks per SM, tensor-core instructions by kind, widths of
-  asynchronous copies;
-- per compiled function: its kernels and copies in order, temporary bytes, and every buffer it writes, so that a
-  copied weight shows.
+- per kernel: registers, spills, shared memory, blocks per SM, tensor-core instructions by kind,
+  widths of asynchronous copies;
+- per compiled function: its kernels and copies in order, temporary bytes, and every buffer it
+  writes, so that a copied weight shows.
 
     with OfflineCompiler() as compiler:
         report = compiler.compile("h100", "my_package.programs:decode_step", {"batch": 1})
     report.kernels["scaled_matmul"].registers
 
-A program is named as `module:function`. The function takes the given keyword arguments (JSON values) and returns a
-`Program`: what to jit and the shapes to trace it with. It runs in a child process, since XLA reads its environment
-once: there CUDA_ROOT points to a folder whose `ptxas` also keeps its input and its `-v` output, and XLA_FLAGS asks
-for the list of launches. One child compiles any number of programs, a small kernel in a few tenths of a second.
+A program is named as `module:function`. The function takes the given keyword arguments (JSON
+values) and returns a `Program`: what to jit and the shapes to trace it with. It runs in a child
+process, since XLA reads its environment once: there CUDA_ROOT points to a folder whose `ptxas` also
+keeps its input and its `-v` output, and XLA_FLAGS asks for the list of launches. One child compiles
+any number of programs, a small kernel in a few tenths of a second.
 
 No autotuning takes place, so XLA's own choice of matmul kernels in such a report means nothing.
 """
@@ -39,10 +40,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fp8jax.pallas_kernels.offline_report import CompileReport, read_report
-from fp8jax.pallas_kernels.offline_targets import TARGETS, target_description
+from fp8jax.devtools.offline_report import CompileReport, read_report
+from fp8jax.devtools.offline_targets import TARGETS, target_description
 
-# Keeps the PTX and the `-v` log of each call side by side. XLA also probes with inputs that are no PTX: they leave a log only.
+# Keeps the PTX and the `-v` log of each call side by side. XLA also probes with inputs that are no
+# PTX: they leave a log only.
 _PTXAS_STAND_IN = """#!/bin/sh
 [ "$1" = --version ] && exec "$REAL_PTXAS" --version
 id=$PTX_DIR/$(date +%s%N)-$$
@@ -104,7 +106,9 @@ class OfflineCompiler:
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
 
-    def compile(self, device: str, program: str, arguments: Mapping[str, Any] | None = None) -> CompileReport:
+    def compile(
+        self, device: str, program: str, arguments: Mapping[str, Any] | None = None
+    ) -> CompileReport:
         """Compile one program for one device.
 
         Args:
@@ -113,7 +117,8 @@ class OfflineCompiler:
             arguments: keyword arguments of that function, JSON values.
         Raises:
             ValueError: an unknown device.
-            OfflineCompileError: the program did not build or compile, or the compiler's process died.
+            OfflineCompileError: the program did not build or compile, or the compiler's process
+                died.
         """
         if device not in TARGETS:
             raise ValueError(f"device {device!r} is unknown; choose one of {', '.join(TARGETS)}")
@@ -127,18 +132,23 @@ class OfflineCompiler:
         if not answer:
             self._stop()
             log = (self._folder / "stderr").read_text(errors="replace")
-            raise OfflineCompileError(f"{program} for {device}: the compiler's process died:\n{log[-4000:]}")
+            raise OfflineCompileError(
+                f"{program} for {device}: the compiler's process died:\n{log[-4000:]}"
+            )
         reply = json.loads(answer)
         if "error" in reply:
-            raise OfflineCompileError(f"{program}({request['arguments']}) for {device}: {reply['error']}")
+            raise OfflineCompileError(
+                f"{program}({request['arguments']}) for {device}: {reply['error']}"
+            )
         return CompileReport.from_json(reply)
 
     def _started(self) -> subprocess.Popen[str]:
         if self._child is None:
             assert self._folder is not None, "use OfflineCompiler in a with statement"
             environment = _prepare_environment(self._folder)
-            # Not `-m`: the package imports this file under its own name, and two copies of its classes would not be the same.
-            start = "from fp8jax.pallas_kernels import offline_compile; offline_compile.serve()"
+            # Not `-m`: the package imports this file under its own name, and two copies of its
+            # classes would not be the same.
+            start = "from fp8jax.devtools import offline_compile; offline_compile.serve()"
             with (self._folder / "stderr").open("w") as log:
                 self._child = subprocess.Popen(
                     [sys.executable, "-c", start],
@@ -191,20 +201,29 @@ def _prepare_environment(folder: Path) -> dict[str, str]:
 
 @functools.cache
 def _toolkit() -> Path | None:
-    """The first folder with ptxas and libdevice: the NVIDIA wheels beside JAX, what the environment names, a toolkit on PATH."""
+    """The first folder with ptxas and libdevice: the NVIDIA wheels beside JAX, what the environment
+    names, a toolkit on PATH."""
     candidates = [Path(path) / "nvidia" / "cu13" for path in sys.path]
-    candidates += [Path(os.environ[name]) for name in ("CUDA_ROOT", "CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    candidates += [
+        Path(os.environ[name])
+        for name in ("CUDA_ROOT", "CUDA_HOME", "CUDA_PATH")
+        if os.environ.get(name)
+    ]
     if found := shutil.which("ptxas"):
         candidates.append(Path(found).resolve().parent.parent)
     candidates.append(Path("/usr/local/cuda"))
     for folder in candidates:
-        if os.access(folder / "bin" / "ptxas", os.X_OK) and (folder / "nvvm/libdevice/libdevice.10.bc").is_file():
+        if (
+            os.access(folder / "bin" / "ptxas", os.X_OK)
+            and (folder / "nvvm/libdevice/libdevice.10.bc").is_file()
+        ):
             return folder
     return None
 
 
 def serve() -> None:
-    """The child's loop: a request a line on standard input, a report a line on what was standard output."""
+    """The child's loop: a request a line on standard input, a report a line on what was standard
+    output."""
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a program prints goes to the log, not between the replies
     for line in sys.stdin:
@@ -267,11 +286,17 @@ def _placed(mesh: Any, argument: Any) -> Any:
     import jax
     from jax.sharding import NamedSharding, PartitionSpec
 
-    return jax.ShapeDtypeStruct(argument.shape, argument.dtype, sharding=NamedSharding(mesh, PartitionSpec()))
+    return jax.ShapeDtypeStruct(
+        argument.shape, argument.dtype, sharding=NamedSharding(mesh, PartitionSpec())
+    )
 
 
 def _read_launches(folder: Path) -> str:
     """The list of launches before command buffers are formed: the same kernels, one a line."""
-    # The module of the program is the last one dumped; tracing may have compiled smaller ones on the way.
-    files = sorted(folder.glob("*thunk_sequence.txt"), key=lambda path: int(re.findall(r"module_(\d+)", path.name)[0]))
+    # The module of the program is the last one dumped; tracing may have compiled smaller ones on
+    # the way.
+    files = sorted(
+        folder.glob("*thunk_sequence.txt"),
+        key=lambda path: int(re.findall(r"module_(\d+)", path.name)[0]),
+    )
     return files[-1].read_text() if files else ""

@@ -6,9 +6,10 @@
 | "auto"         | kernel, or reference where there is none or XLA won    | weight-only, see `ops` | reference          |
 | "triton"       | kernel, or NotImplementedError with the reason         | NotImplementedError    | NotImplementedError |
 
-"Here" is the device of the mesh in use if it names one (so that offline compilation chooses as the real GPU would),
-else JAX's default device. Triton's compiler aborts the process on GPUs without FP8, so the choice is made before
-anything is traced. "XLA won" is an entry of a tuned table (`pallas_kernels/tuning.py`) that measured both.
+"Here" is the device of the mesh in use if it names one (so that offline compilation chooses as the
+real GPU would), else JAX's default device. Triton's compiler aborts the process on GPUs without
+FP8, so the choice is made before anything is traced. "XLA won" is an entry of a tuned table
+(`pallas_kernels/tuning.py`) that measured both.
 """
 
 import functools
@@ -36,7 +37,10 @@ def device_kind(implementation: Implementation) -> str:
         ValueError: an unknown implementation.
     """
     if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation {implementation!r} is unknown; choose one of {', '.join(IMPLEMENTATIONS)}")
+        raise ValueError(
+            f"implementation {implementation!r} is unknown; choose one of "
+            f"{', '.join(IMPLEMENTATIONS)}"
+        )
     if implementation == "xla":
         return ""
     if implementation == "triton" and interpreting():
@@ -58,8 +62,8 @@ def runs_kernel(
         op: name for errors.
         implementation: what was asked for.
         unsupported: why there is no kernel for the case, or None.
-        otherwise: what "triton" does with such a case on a GPU that has kernels: "reference" for fusions, whose parts
-            have kernels of their own.
+        otherwise: what "triton" does with such a case on a GPU that has kernels: "reference" for
+            fusions, whose parts have kernels of their own.
     Raises:
         ValueError: an unknown implementation.
         NotImplementedError: "triton" was named and there is no kernel.
@@ -69,8 +73,9 @@ def runs_kernel(
         if not kind:
             found = current_device_kind() or f"a {jax.default_backend()}"
             raise NotImplementedError(
-                f"{op}: implementation 'triton' needs an NVIDIA GPU with FP8 tensor cores (Ada, Hopper, Blackwell data center) and "
-                f"this is {found}; use implementation='auto' or 'xla'"
+                f"{op}: implementation 'triton' needs an NVIDIA GPU with FP8 tensor cores (Ada, "
+                f"Hopper, Blackwell data center) and this is {found}; use implementation='auto' or "
+                "'xla'"
             )
         if unsupported and otherwise == "raise":
             raise NotImplementedError(f"{op}: {unsupported}; use implementation='auto' or 'xla'")
@@ -83,7 +88,8 @@ def tuned(op: str, implementation: Implementation, **shape: int | str) -> tuning
 
 
 def weight_only(implementation: Implementation) -> bool:
-    """Whether "auto" keeps activations as they are: an NVIDIA GPU before Ada has FP8 numbers in memory but no FP8 products."""
+    """Whether "auto" keeps activations as they are: an NVIDIA GPU before Ada has FP8 numbers in
+    memory but no FP8 products."""
     if implementation != "auto":
         return False
     device = current_device()
@@ -103,4 +109,7 @@ def has_no_fp8_products(compute_capability: str) -> bool:
 
 @functools.cache
 def _say_weight_only(kind: str) -> None:
-    _log.warning("%s has no FP8 tensor cores: FP8 weights are widened, products run in the activation dtype", kind)
+    _log.warning(
+        "%s has no FP8 tensor cores: FP8 weights are widened, products run in the activation dtype",
+        kind,
+    )

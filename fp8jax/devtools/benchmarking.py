@@ -1,21 +1,26 @@
 """Timing kernels on a device, and keeping what was measured.
 
-One call of a kernel takes microseconds, dispatching a jitted function tens of them. So many calls are put into one
-program, one behind another, and several programs are under way before the host waits:
+One call of a kernel takes microseconds, dispatching a jitted function tens of them. So many calls
+are put into one program, one behind another, and several programs are under way before the host
+waits:
 
     time of a call = (time until the last of `depth` programs is done) / (depth · calls in a program)
 
-- **In order.** An optimization barrier ties each call to the one before, so that XLA neither merges nor reorders them.
-- **L2 cold.** Each call has operands of its own; they come round again only after at least twice the L2 cache of other
-  data has passed. Small operands that would need more than 64 sets are timed warm, and the result says so.
-- **No CUDA graph.** Launches come from XLA's own queue (a few microseconds each, hidden behind longer kernels). A
-  kernel much shorter than that shows the cost of its launch, which a graph of a whole decode step would hide.
-- **Warm and median.** The first run compiles and does not count; of the samples the median is reported, with the
-  distance between the fastest and the slowest. A difference smaller than that is noise.
+- **In order.** An optimization barrier ties each call to the one before, so that XLA neither merges
+  nor reorders them.
+- **L2 cold.** Each call has operands of its own; they come round again only after at least twice
+  the L2 cache of other data has passed. Small operands that would need more than 64 sets are timed
+  warm, and the result says so.
+- **No CUDA graph.** Launches come from XLA's own queue (a few microseconds each, hidden behind
+  longer kernels). A kernel much shorter than that shows the cost of its launch, which a graph of a
+  whole decode step would hide.
+- **Warm and median.** The first run compiles and does not count; of the samples the median is
+  reported, with the distance between the fastest and the slowest. A difference smaller than that is
+  noise.
 
-Ways to do the same work are `Contender`s, and how fast one is beside another is a ratio of their times, averaged over
-shapes as a geometric mean. Results go to a JSON file row by row, each with its date, so that a run that is cut short
-keeps what it has and the next one goes on from there.
+Ways to do the same work are `Contender`s, and how fast one is beside another is a ratio of their
+times, averaged over shapes as a geometric mean. Results go to a JSON file row by row, each with its
+date, so that a run that is cut short keeps what it has and the next one goes on from there.
 """
 
 import datetime
@@ -32,7 +37,8 @@ from typing import Any, Literal
 import jax
 from jax import lax
 
-# A program is long beside its launch, holds so many calls at most, and so many bytes of their results.
+# A program is long beside its launch, holds so many calls at most, and so many bytes of their
+# results.
 _PROGRAM_SECONDS, _MOST_CALLS, _OUTPUT_BYTES = 2e-3, 64, 4 * 2**30
 _MOST_SETS = 64
 _SAMPLE_SECONDS = 5e-3  # of a GPU; long beside the latency of the first launch
@@ -41,7 +47,8 @@ _UNKNOWN_L2 = 128 * 2**20
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What a device can do at most, by its data sheet: bytes and dense operations a second, and the size of its L2."""
+    """What a device can do at most, by its data sheet: bytes and dense operations a second, and the
+    size of its L2."""
 
     bandwidth: float
     bf16_flops: float
@@ -51,7 +58,9 @@ class Limits:
 
 # Parts of `device_kind`, the more specific first.
 _LIMITS = {
-    "H100 PCIe": Limits(bandwidth=2.0e12, bf16_flops=756e12, fp8_flops=1513e12, l2_bytes=50 * 2**20),
+    "H100 PCIe": Limits(
+        bandwidth=2.0e12, bf16_flops=756e12, fp8_flops=1513e12, l2_bytes=50 * 2**20
+    ),
     "H100 NVL": Limits(bandwidth=3.9e12, bf16_flops=835e12, fp8_flops=1671e12, l2_bytes=50 * 2**20),
     "H100": Limits(bandwidth=3.35e12, bf16_flops=989e12, fp8_flops=1979e12, l2_bytes=50 * 2**20),
     "H200": Limits(bandwidth=4.8e12, bf16_flops=989e12, fp8_flops=1979e12, l2_bytes=50 * 2**20),
@@ -67,7 +76,9 @@ def limits(device_kind: str) -> Limits | None:
     return next((found for part, found in _LIMITS.items() if part in device_kind), None)
 
 
-def floor_microseconds(device: Limits, *, flops: float, bytes_moved: float, operands: Literal["bf16", "fp8"]) -> float:
+def floor_microseconds(
+    device: Limits, *, flops: float, bytes_moved: float, operands: Literal["bf16", "fp8"]
+) -> float:
     """The roofline: no kernel that does this work on this device is faster."""
     rate = device.fp8_flops if operands == "fp8" else device.bf16_flops
     return 1e6 * max(flops / rate, bytes_moved / device.bandwidth)
@@ -92,7 +103,8 @@ class Timing:
 
 
 def sets_needed(bytes_of_set: int, device: Limits | None) -> tuple[int, Literal["cold", "warm"]]:
-    """How many sets of operands keep the L2 cold, and whether so many are made; bytes_of_set counts what a call reads."""
+    """How many sets of operands keep the L2 cold, and whether so many are made; bytes_of_set counts
+    what a call reads."""
     l2 = _UNKNOWN_L2 if device is None else device.l2_bytes
     wanted = 2 + 2 * l2 // max(bytes_of_set, 1)
     return (wanted, "cold") if wanted <= _MOST_SETS else (_MOST_SETS, "warm")
@@ -135,8 +147,11 @@ def time_calls(
     )
 
 
-def one_after_another(function: Callable[..., Any], *, rounds: int = 1) -> Callable[[list[tuple[Any, ...]]], list[Any]]:
-    """A function of a list of operand tuples: calls `function` on each, in this order, and returns all results."""
+def one_after_another(
+    function: Callable[..., Any], *, rounds: int = 1
+) -> Callable[[list[tuple[Any, ...]]], list[Any]]:
+    """A function of a list of operand tuples: calls `function` on each, in this order, and returns
+    all results."""
 
     def program(sets: list[tuple[Any, ...]]) -> list[Any]:
         outputs: list[Any] = []
@@ -177,7 +192,9 @@ class Contender:
     bytes_moved: int
     config: dict[str, Any] | None = None
 
-    def operand_sets(self, device: Limits | None) -> tuple[list[tuple[Any, ...]], Literal["cold", "warm"]]:
+    def operand_sets(
+        self, device: Limits | None
+    ) -> tuple[list[tuple[Any, ...]], Literal["cold", "warm"]]:
         """As many sets of operands as keep a GPU's L2 cold, see `sets_needed`; one elsewhere."""
         on_gpu = jax.default_backend() == "gpu"
         sets, l2 = sets_needed(self.bytes_moved, device) if on_gpu else (1, "warm")
@@ -185,16 +202,24 @@ class Contender:
 
 
 def measured(c: Contender, device: Limits | None, *, samples: int) -> dict[str, Any]:
-    """What a result says about a contender: its time and what follows from it, or the error that it ended with."""
+    """What a result says about a contender: its time and what follows from it, or the error that it
+    ended with."""
     try:
         operand_sets, l2 = c.operand_sets(device)
         floor, rounds = None, 1
         if device:
-            floor = floor_microseconds(device, flops=c.flops, bytes_moved=c.bytes_moved, operands=c.operands)
-            output_bytes = sum(
-                a.size * a.dtype.itemsize for a in jax.tree.leaves(jax.eval_shape(c.run, *operand_sets[0]))
+            floor = floor_microseconds(
+                device, flops=c.flops, bytes_moved=c.bytes_moved, operands=c.operands
             )
-            calls = min(_MOST_CALLS, math.ceil(_PROGRAM_SECONDS * 1e6 / floor), _OUTPUT_BYTES // output_bytes)
+            output_bytes = sum(
+                a.size * a.dtype.itemsize
+                for a in jax.tree.leaves(jax.eval_shape(c.run, *operand_sets[0]))
+            )
+            calls = min(
+                _MOST_CALLS,
+                math.ceil(_PROGRAM_SECONDS * 1e6 / floor),
+                _OUTPUT_BYTES // output_bytes,
+            )
             rounds = max(1, calls // len(operand_sets))
         timing = time_calls(c.run, operand_sets, rounds=rounds, samples=samples, l2=l2)
     except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError) as error:
@@ -233,7 +258,10 @@ def measure(
 
 
 def ratios(
-    rows: Sequence[Mapping[str, Any]], *, same: Sequence[str], baselines: Callable[[str], Sequence[str]]
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    same: Sequence[str],
+    baselines: Callable[[str], Sequence[str]],
 ) -> list[float | None]:
     """Each row's speed relative to its baseline; None where one of the two has no time.
 
@@ -242,18 +270,28 @@ def ratios(
         same: fields in which a row and its baseline agree.
         baselines: contender -> the contenders whose fastest is its baseline.
     """
-    timed = {(*(r[f] for f in same), r["contender"]): r["microseconds"] for r in rows if "microseconds" in r}
+    timed = {
+        (*(r[f] for f in same), r["contender"]): r["microseconds"]
+        for r in rows
+        if "microseconds" in r
+    }
 
     def ratio(row: Mapping[str, Any]) -> float | None:
         case = tuple(row[f] for f in same)
-        times = [timed[key] for name in baselines(row["contender"]) if (key := (*case, name)) in timed]
+        times = [
+            timed[key] for name in baselines(row["contender"]) if (key := (*case, name)) in timed
+        ]
         return min(times) / row["microseconds"] if times and "microseconds" in row else None
 
     return [ratio(row) for row in rows]
 
 
 def mean_ratios(
-    rows: Sequence[Mapping[str, Any]], ratios: Sequence[float | None], phases: Mapping[str, range], *, size: str
+    rows: Sequence[Mapping[str, Any]],
+    ratios: Sequence[float | None],
+    phases: Mapping[str, range],
+    *,
+    size: str,
 ) -> dict[str, dict[str, float]]:
     """Geometric means of ratios by phase and contender.
 
@@ -310,7 +348,8 @@ class ResultFile:
         title: what is measured.
         device: `device_kind`.
     Raises:
-        ValueError: the file is of another device or other versions, whose rows must not stand beside these.
+        ValueError: the file is of another device or other versions, whose rows must not stand
+            beside these.
     """
 
     def __init__(self, path: Path | None, *, title: str, device: str):
@@ -321,11 +360,20 @@ class ResultFile:
             content = json.loads(path.read_text(encoding="utf-8"))
             self.rows = content.pop("rows", [])
             if content != self.header:
-                raise ValueError(f"{path} holds {content}, this run would add {self.header}; name another file")
+                raise ValueError(
+                    f"{path} holds {content}, this run would add {self.header}; name another file"
+                )
 
     def find(self, **fields: Any) -> dict[str, Any] | None:
         """The row with these values, or None."""
-        return next((row for row in self.rows if all(row.get(name) == value for name, value in fields.items())), None)
+        return next(
+            (
+                row
+                for row in self.rows
+                if all(row.get(name) == value for name, value in fields.items())
+            ),
+            None,
+        )
 
     def add(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """Keep a row, with today's date, and write the file."""
@@ -334,6 +382,8 @@ class ResultFile:
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             unfinished = self.path.with_suffix(".unfinished")
-            unfinished.write_text(json.dumps({**self.header, "rows": self.rows}, indent=1) + "\n", encoding="utf-8")
+            unfinished.write_text(
+                json.dumps({**self.header, "rows": self.rows}, indent=1) + "\n", encoding="utf-8"
+            )
             unfinished.replace(self.path)
         return dated

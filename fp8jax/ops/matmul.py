@@ -5,12 +5,13 @@
     "triton"  the Pallas-Triton kernel; raises where there is none for the device, shape or scheme
     "auto"    what is fastest for device and shape, see `kernel_choice`
 
-x is quantized here unless it comes quantized (`QActivation`), so that an operation which has just produced x can hand
-over codes instead (`fused_ops`). At the other end a product may stay in pieces (`PartialSums`): a kernel that splits k
-leaves a sum to its successor, which reads the result anyway.
+x is quantized here unless it comes quantized (`QActivation`), so that an operation which has just
+produced x can hand over codes instead (`fused_ops`). At the other end a product may stay in pieces
+(`PartialSums`): a kernel that splits k leaves a sum to its successor, which reads the result
+anyway.
 
-Where "auto" finds a GPU without FP8 tensor cores, weights stay FP8 in memory and products are those of the activation
-dtype: x @ (q · s).T with x as it is.
+Where "auto" finds a GPU without FP8 tensor cores, weights stay FP8 in memory and products are those
+of the activation dtype: x @ (q Â· s).T with x as it is.
 
 All of them differentiate with respect to x, the bias and the weights of slots; see `gradients`.
 """
@@ -23,19 +24,24 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fp8jax import gradients, kernel_choice
-from fp8jax.kernel_choice import IMPLEMENTATIONS as IMPLEMENTATIONS
-from fp8jax.kernel_choice import Implementation as Implementation
+from fp8jax import no_gradient
+from fp8jax.ops import choice as kernel_choice
+from fp8jax.ops import gradients
+from fp8jax.ops.choice import IMPLEMENTATIONS as IMPLEMENTATIONS
+from fp8jax.ops.choice import Implementation as Implementation
 from fp8jax.pallas_kernels import block_scaled_matmul as block_kernel
 from fp8jax.pallas_kernels import grouped_matmul as grouped_kernel
 from fp8jax.pallas_kernels import matmul_config, matmul_tiles, quantize, widened_dot
 from fp8jax.pallas_kernels import scaled_matmul as scaled_kernel
-from fp8jax.pallas_kernels.grouped_matmul import grouped_matmul_reference, grouped_scaled_matmul_reference
+from fp8jax.pallas_kernels.formats import BLOCK, ActivationGranularity
+from fp8jax.pallas_kernels.grouped_matmul import (
+    grouped_matmul_reference,
+    grouped_scaled_matmul_reference,
+)
 from fp8jax.pallas_kernels.grouped_matmul_kernel import grouped_scaled_matmul_triton
 from fp8jax.pallas_kernels.interpret_mode import interpreting
 from fp8jax.pallas_kernels.quantize import ScaleLayout
 from fp8jax.qarray import QArray, SplitQArray, dequantize
-from fp8jax.schemes import BLOCK, ActivationGranularity
 
 
 @jax.tree_util.register_dataclass
@@ -45,9 +51,11 @@ class QActivation:
 
     Args:
         scale_layout: of "group" scales, `[m, groups]` or `[groups, m]` (static).
-        plain: the float array that was quantized, `[..., k]`, where something else reads it too (a router).
-        carrier: `[m, k]` in the dtype that was quantized; what it holds is read by no one, its cotangent is that of the
-            activations (see `gradients`). None for codes that are constants.
+        plain: the float array that was quantized, `[..., k]`, where something else reads it too (a
+            router).
+        carrier: `[m, k]` in the dtype that was quantized; what it holds is read by no one, its
+            cotangent is that of the activations (see `gradients`). None for codes that are
+            constants.
     """
 
     qvalue: jax.Array
@@ -63,7 +71,11 @@ class QActivation:
 
     def scale_by_row(self) -> jax.Array:
         """The scales as the references take them."""
-        return self.scale.T if self.granularity == "group" and self.scale_layout == "gm" else self.scale
+        return (
+            self.scale.T
+            if self.granularity == "group" and self.scale_layout == "gm"
+            else self.scale
+        )
 
     def dequantized(self) -> jax.Array:
         """The activations that the codes stand for: float32 `[m, k]`."""
@@ -115,7 +127,7 @@ def quantize_activation(
         NotImplementedError: "triton" was named and has no kernel for this.
     """
     m, k = x.shape
-    unsupported = quantize.supported(m, k, x.dtype, granularity)
+    unsupported = quantize.why_not(m, k, x.dtype, granularity)
     carrier, x = x, lax.stop_gradient(x)
     if kernel_choice.runs_kernel("quantize_activation", implementation, unsupported):
         codes, scale = quantize.quantize_activation_triton(
@@ -165,7 +177,8 @@ def scaled_matmul_in_parts(
     valid: jax.Array | None = None,
     implementation: Implementation = "auto",
 ) -> jax.Array | PartialSums:
-    """`scaled_matmul` for an operation that can add up the pieces itself; an array where k was not split."""
+    """`scaled_matmul` for an operation that can add up the pieces itself; an array where k was not
+    split."""
     return _scaled_matmul(x, w, bias, out_dtype, valid, implementation, sums="in parts")
 
 
@@ -183,22 +196,31 @@ def _scaled_matmul(
         out_dtype = jnp.dtype(jnp.bfloat16 if isinstance(x, QActivation) else x.dtype)
     (m, k), w_shape = x.shape, w.shape
     if len(w_shape) != 2 or k != w_shape[1]:
-        raise ValueError(f"scaled_matmul: x [m, k] is {(m, k)} and w [n, k] is {w_shape}; k must be the same")
-    w = gradients.constant_weight(w)
+        raise ValueError(
+            f"scaled_matmul: x [m, k] is {(m, k)} and w [n, k] is {w_shape}; k must be the same"
+        )
+    w = no_gradient.constant_weight(w)
     if not isinstance(x, QActivation):
         if kernel_choice.weight_only(implementation):
             return _weight_only_matmul(x, w, bias, out_dtype)
-        layout: ScaleLayout = "gm" if kernel_choice.device_kind(implementation) else "mg"  # as the kernel reads them
-        x = quantize_activation(x, w.scheme.activation, valid=valid, scale_layout=layout, implementation=implementation)
+        layout: ScaleLayout = (
+            "gm" if kernel_choice.device_kind(implementation) else "mg"
+        )  # as the kernel reads them
+        x = quantize_activation(
+            x, w.scheme.activation, valid=valid, scale_layout=layout, implementation=implementation
+        )
     if x.granularity != w.scheme.activation:
         raise ValueError(
-            f"scaled_matmul: x was quantized per {x.granularity}, but scheme {w.scheme.name!r} wants {w.scheme.activation}"
+            f"scaled_matmul: x was quantized per {x.granularity}, but scheme {w.scheme.name!r} "
+            f"wants {w.scheme.activation}"
         )
     out_dtype = jnp.dtype(out_dtype)
     config = _kernel_config(w, m, out_dtype, implementation)
     splits, per_split = config.splits(k) if config and m else (1, 0)
     in_parts = sums == "in parts" and splits > 1
-    width = per_split * config.block_k if config and in_parts else k  # of the inputs that a part sums over
+    width = (
+        per_split * config.block_k if config and in_parts else k
+    )  # of the inputs that a part sums over
     interpret = interpreting()
     x_dtype, bias_dtype = (None if array is None else array.dtype for array in (x.carrier, bias))
 
@@ -206,16 +228,25 @@ def _scaled_matmul(
         carrier: jax.Array | None, x: QActivation, w: QArray, bias: jax.Array | None
     ) -> jax.Array | PartialSums:
         del carrier
-        return _product_of_codes(x, w, bias, out_dtype, config, "in parts" if in_parts else "added", interpret)
+        return _product_of_codes(
+            x, w, bias, out_dtype, config, "in parts" if in_parts else "added", interpret
+        )
 
-    def backward(w: QArray, dy: jax.Array | PartialSums) -> tuple[jax.Array | None, None, None, jax.Array | None]:
+    def backward(
+        w: QArray, dy: jax.Array | PartialSums
+    ) -> tuple[jax.Array | None, None, None, jax.Array | None]:
         parts, dx, d_bias = dy.parts if isinstance(dy, PartialSums) else dy[None], None, None
         if x_dtype is not None:
             columns = jnp.split(dequantize(w), list(range(width, k, width)), axis=1)
-            pieces = [gradients.product_with(*of_part, x_dtype) for of_part in zip(parts, columns, strict=True)]
+            pieces = [
+                gradients.product_with(*of_part, x_dtype)
+                for of_part in zip(parts, columns, strict=True)
+            ]
             dx = jnp.concatenate(pieces, axis=1).astype(x_dtype)
         if bias_dtype is not None:
-            d_bias = jnp.sum(parts[0].astype(jnp.float32), axis=0).astype(bias_dtype)  # the first part adds it
+            d_bias = jnp.sum(parts[0].astype(jnp.float32), axis=0).astype(
+                bias_dtype
+            )  # the first part adds it
         return dx, None, None, d_bias
 
     operands = x.carrier, x.without_carrier(), w, bias
@@ -234,28 +265,43 @@ def _product_of_codes(
     blocks = w.scheme.weight == "block"
     operands = (x.qvalue, x.scale, w.qvalue, w.scale)
     if config is None:
-        reference = block_kernel.block_scaled_matmul_reference if blocks else scaled_kernel.scaled_matmul_reference
-        return reference(x.qvalue, x.scale_by_row(), w.qvalue, w.scale, bias=bias, out_dtype=out_dtype)
+        reference = (
+            block_kernel.block_scaled_matmul_reference
+            if blocks
+            else scaled_kernel.scaled_matmul_reference
+        )
+        return reference(
+            x.qvalue, x.scale_by_row(), w.qvalue, w.scale, bias=bias, out_dtype=out_dtype
+        )
     options = {"bias": bias, "config": config, "interpret": interpret}
     if blocks:
         options["x_scale_layout"] = x.scale_layout
     if sums == "in parts":
-        in_parts = block_kernel.block_scaled_matmul_partials if blocks else scaled_kernel.scaled_matmul_partials
+        in_parts = (
+            block_kernel.block_scaled_matmul_partials
+            if blocks
+            else scaled_kernel.scaled_matmul_partials
+        )
         return PartialSums(in_parts(*operands, **options), out_dtype)
-    whole = block_kernel.block_scaled_matmul_triton if blocks else scaled_kernel.scaled_matmul_triton
+    whole = (
+        block_kernel.block_scaled_matmul_triton if blocks else scaled_kernel.scaled_matmul_triton
+    )
     return whole(*operands, out_dtype=out_dtype, **options)
 
 
 def _kernel_config(
     w: QArray, m: int, out_dtype: jnp.dtype, implementation: Implementation
 ) -> matmul_config.Config | None:
-    """The tiles that the kernel for m rows runs with: measured, else by rule; None where the reference runs instead."""
+    """The tiles that the kernel for m rows runs with: measured, else by rule; None where the
+    reference runs instead."""
     (n, k), op = w.shape, "block_scaled_matmul" if w.scheme.weight == "block" else "scaled_matmul"
     kind = kernel_choice.device_kind(implementation)
-    unsupported = matmul_config.unsupported(kind, m, n, k) if kind else None
+    unsupported = matmul_config.why_not(kind, m, n, k) if kind else None
     if not kernel_choice.runs_kernel(op, implementation, unsupported):
         return None
-    if op == "scaled_matmul" and out_dtype == jnp.float32:  # who asks for float32 asks for a sum that loses nothing
+    if (
+        op == "scaled_matmul" and out_dtype == jnp.float32
+    ):  # who asks for float32 asks for a sum that loses nothing
         return matmul_config.default_scaled_config(kind, m, n, k, precise=True)
     measured = kernel_choice.tuned(op, implementation, m=m, n=n, k=k)
     if measured is not None and implementation == "auto" and measured.implementation == "xla":
@@ -266,24 +312,37 @@ def _kernel_config(
     return by_rule(kind, m, n, k)
 
 
-def _weight_only_matmul(x: jax.Array, w: QArray, bias: jax.Array | None, out_dtype: jax.typing.DTypeLike) -> jax.Array:
+def _weight_only_matmul(
+    x: jax.Array, w: QArray, bias: jax.Array | None, out_dtype: jax.typing.DTypeLike
+) -> jax.Array:
     if w.scheme.weight == "block":
         # One rounding more than scaling the sums, but a sum over k meets many blocks.
-        return matmul(x, dequantize(w).astype(x.dtype), bias=bias).astype(out_dtype)
-    # Codes are exact in every activation dtype, also times the power of two in the scale, without which sums might overflow. It ends
-    # at 2⁻¹⁰⁰, where they no longer can and the smallest code would vanish; float16 activations are too small for either.
+        return float_matmul(x, dequantize(w).astype(x.dtype), bias=bias).astype(out_dtype)
+    # Codes are exact in every activation dtype, also times the power of two in the scale, without
+    # which sums might overflow. It ends at 2⁻¹⁰⁰, where they no longer can and the smallest code
+    # would vanish; float16 activations are too small for either.
     scale = jnp.atleast_1d(w.scale).reshape(-1, 1)
-    power = lax.bitcast_convert_type(lax.bitcast_convert_type(scale, jnp.uint32) & jnp.uint32(255 << 23), jnp.float32)
-    power = jnp.ones_like(scale) if x.dtype == jnp.float16 else jnp.maximum(power, jnp.float32(2.0**-100))
+    power = lax.bitcast_convert_type(
+        lax.bitcast_convert_type(scale, jnp.uint32) & jnp.uint32(255 << 23), jnp.float32
+    )
+    power = (
+        jnp.ones_like(scale)
+        if x.dtype == jnp.float16
+        else jnp.maximum(power, jnp.float32(2.0**-100))
+    )
     codes = w.qvalue.astype(x.dtype) * power.astype(x.dtype)
     out = lax.dot_general(
-        x, codes, (((1,), (1,)), ((), ())), precision=precision_of(x.dtype), preferred_element_type=jnp.float32
+        x,
+        codes,
+        (((1,), (1,)), ((), ())),
+        precision=precision_of(x.dtype),
+        preferred_element_type=jnp.float32,
     )
     out = out * (scale / power).reshape(1, -1)
     return _with_bias(out, bias).astype(out_dtype)
 
 
-def matmul(x: jax.Array, w: jax.Array, *, bias: jax.Array | None = None) -> jax.Array:
+def float_matmul(x: jax.Array, w: jax.Array, *, bias: jax.Array | None = None) -> jax.Array:
     """x @ w.T + bias with an unquantized weight; float32 means float32 on GPUs too, not TF32.
 
     Args:
@@ -297,7 +356,11 @@ def matmul(x: jax.Array, w: jax.Array, *, bias: jax.Array | None = None) -> jax.
 
 
 def _with_bias(out: jax.Array, bias: jax.Array | None) -> jax.Array:
-    return out if bias is None else out + bias.astype(jnp.float32).reshape((1,) * (out.ndim - 1) + (-1,))
+    return (
+        out
+        if bias is None
+        else out + bias.astype(jnp.float32).reshape((1,) * (out.ndim - 1) + (-1,))
+    )
 
 
 def product(x: jax.Array, w: jax.Array) -> jax.Array:
@@ -325,12 +388,15 @@ def grouped_scaled_matmul(
     Args:
         x: float `[m, k]`, or the same quantized with the granularity of the scheme.
         w: quantized stack `[e, n, k]`, whole or in parts.
-        sizes: int32 `[e]`, how many of the r sorted slots each expert has; slots beyond their sum give zeros.
+        sizes: int32 `[e]`, how many of the r sorted slots each expert has; slots beyond their sum
+            give zeros.
         rows: int32 `[r]`, the row of x that a slot reads; None where slot i reads row i.
         row_weight: float32 `[r]`, multiplies a slot's result before it is rounded.
-        out_rows: int32 `[r]`, a permutation: the row of the result that a slot becomes; None where slot i becomes row i.
+        out_rows: int32 `[r]`, a permutation: the row of the result that a slot becomes; None where
+            slot i becomes row i.
         work, block_m_of_work: the kernel's list of tiles of so many slots, from who has it already.
-        sums: "precise" for what float32 activations deserve: partial sums promoted every 128 inputs whatever k is.
+        sums: "precise" for what float32 activations deserve: partial sums promoted every 128 inputs
+            whatever k is.
         out_dtype: dtype of the result; that of a float x by default, bfloat16 for a quantized one.
         valid: bool `[m]`, rows of x that count for per-tensor activations.
         implementation: what runs it.
@@ -344,20 +410,26 @@ def grouped_scaled_matmul(
         out_dtype = jnp.dtype(jnp.bfloat16 if isinstance(x, QActivation) else x.dtype)
     per_slot = {"rows": rows, "row_weight": row_weight, "out_rows": out_rows}
     _check_groups("grouped_scaled_matmul", x.shape, w.shape, sizes, per_slot)
-    w, out_dtype = gradients.constant_weight(w), jnp.dtype(out_dtype)
+    w, out_dtype = no_gradient.constant_weight(w), jnp.dtype(out_dtype)
     if not isinstance(x, QActivation):
         if kernel_choice.weight_only(implementation):
             return _weight_only_grouped_matmul(x, w, sizes, per_slot, out_dtype)
         x = quantize_activation(x, w.scheme.activation, valid=valid, implementation=implementation)
     if x.granularity != w.scheme.activation:
         raise ValueError(
-            f"grouped_scaled_matmul: x was quantized per {x.granularity}, but scheme {w.scheme.name!r} wants {w.scheme.activation}"
+            f"grouped_scaled_matmul: x was quantized per {x.granularity}, but scheme "
+            f"{w.scheme.name!r} wants {w.scheme.activation}"
         )
     if w.scheme.weight == "channel":
-        raise ValueError(f"grouped_scaled_matmul: stacks of experts have no scales per channel, got {w.scheme}")
+        raise ValueError(
+            f"grouped_scaled_matmul: stacks of experts have no scales per channel, got {w.scheme}"
+        )
     slots = x.shape[0] if rows is None else rows.shape[0]
     interpret = interpreting()
-    configs = [_grouped_kernel_config(part, x.shape[0], slots, implementation, sums=sums) for part in _parts(w)]
+    configs = [
+        _grouped_kernel_config(part, x.shape[0], slots, implementation, sums=sums)
+        for part in _parts(w)
+    ]
 
     def forward(carrier, per_slot, x, w, sizes, work) -> jax.Array:
         del carrier
@@ -377,7 +449,9 @@ def grouped_scaled_matmul(
         return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=1)
 
     operands = (x.carrier, per_slot, x.without_carrier(), w, sizes, work)
-    return gradients.with_backward(forward, _grouped_backward(x.carrier), *operands, kept=lambda _, *kept: kept)
+    return gradients.with_backward(
+        forward, _grouped_backward(x.carrier), *operands, kept=lambda _, *kept: kept
+    )
 
 
 def _grouped_backward(carrier: jax.Array | None) -> Callable[[Any, jax.Array], tuple[Any, ...]]:
@@ -410,7 +484,10 @@ def _parts(w: QArray | SplitQArray) -> tuple[QArray, ...]:
 
 
 def _expert(stack: QArray, expert: jax.Array) -> QArray:
-    codes, scale = grouped_kernel.pick_codes(stack.qvalue, expert), grouped_kernel.pick(stack.scale, expert)
+    codes, scale = (
+        grouped_kernel.pick_codes(stack.qvalue, expert),
+        grouped_kernel.pick(stack.scale, expert),
+    )
     return QArray(codes, scale, stack.scheme, stack.row_groups)
 
 
@@ -448,7 +525,8 @@ def _grouped_product_of_codes(
 def grouped_block_m(
     w: jax.Array | QArray | SplitQArray, m: int, slots: int, implementation: Implementation
 ) -> int | None:
-    """Slots a tile of the kernel that multiplies m rows in so many slots with a stack; None where no kernel does."""
+    """Slots a tile of the kernel that multiplies m rows in so many slots with a stack; None where
+    no kernel does."""
     w = w.parts[0] if isinstance(w, SplitQArray) else w
     config = _grouped_kernel_config(w, m, slots, implementation) if isinstance(w, QArray) else None
     return config.block_m if config else None
@@ -465,14 +543,22 @@ def _grouped_kernel_config(
     """As `_kernel_config`, for a stack of experts."""
     (e, n, k), op = w.shape, "grouped_scaled_matmul"
     kind = kernel_choice.device_kind(implementation)
-    unsupported = grouped_kernel.supported(kind, m, e, n, k) if kind else None
+    unsupported = grouped_kernel.why_not(kind, m, e, n, k) if kind else None
     if not kernel_choice.runs_kernel(op, implementation, unsupported):
         return None
     scales: grouped_kernel.ExpertScales = "block" if w.scheme.weight == "block" else "tensor"
-    shape: dict[str, int | str] = {"slots": slots, "experts": e, "n": n, "k": k, "row_groups": w.row_groups}
+    shape: dict[str, int | str] = {
+        "slots": slots,
+        "experts": e,
+        "n": n,
+        "k": k,
+        "row_groups": w.row_groups,
+    }
     measured = kernel_choice.tuned(op, implementation, **shape, scales=scales)
     if measured is None or (sums == "precise" and scales == "tensor"):
-        return grouped_kernel.default_config(kind, slots, e, n, k, row_groups=w.row_groups, scales=scales, sums=sums)
+        return grouped_kernel.default_config(
+            kind, slots, e, n, k, row_groups=w.row_groups, scales=scales, sums=sums
+        )
     if implementation == "auto" and measured.implementation == "xla":
         return None
     return matmul_config.Config(**measured.config)
@@ -499,7 +585,9 @@ def grouped_matmul(
     per_slot: dict[str, Any] = {"rows": rows, "row_weight": row_weight, "out_rows": out_rows}
     _check_groups("grouped_matmul", x.shape, w.shape, sizes, per_slot)
 
-    def forward(x: jax.Array, w: jax.Array, per_slot: dict[str, Any], sizes: jax.Array) -> jax.Array:
+    def forward(
+        x: jax.Array, w: jax.Array, per_slot: dict[str, Any], sizes: jax.Array
+    ) -> jax.Array:
         return grouped_matmul_reference(x, w, sizes, **per_slot)
 
     def backward(kept: tuple[Any, ...], dy: jax.Array) -> tuple[Any, ...]:
@@ -530,13 +618,20 @@ def _weight_only_grouped_matmul(
         del codes, work
 
         def product(expert: jax.Array, tile_rows: jax.Array) -> jax.Array:
-            parts = (_weight_only_matmul(x[tile_rows], _expert(part, expert), None, jnp.float32) for part in _parts(w))
+            parts = (
+                _weight_only_matmul(x[tile_rows], _expert(part, expert), None, jnp.float32)
+                for part in _parts(w)
+            )
             return jnp.concatenate(list(parts), axis=1)
 
-        return grouped_kernel.over_tiles(product, x.shape[0], w.shape, sizes, **per_slot, out_dtype=out_dtype)
+        return grouped_kernel.over_tiles(
+            product, x.shape[0], w.shape, sizes, **per_slot, out_dtype=out_dtype
+        )
 
     operands = (x, per_slot, lax.stop_gradient(x), w, sizes, None)
-    return gradients.with_backward(forward, _grouped_backward(x), *operands, kept=lambda _, *kept: kept)
+    return gradients.with_backward(
+        forward, _grouped_backward(x), *operands, kept=lambda _, *kept: kept
+    )
 
 
 def precision_of(dtype: jax.typing.DTypeLike) -> lax.Precision:
@@ -553,7 +648,8 @@ def _check_groups(
 ) -> None:
     if len(w) != 3 or len(x) != 2 or x[1] != w[2] or sizes.shape != w[:1]:
         raise ValueError(
-            f"{name}: x [m, k] is {x}, w [e, n, k] is {w} and sizes [e] is {sizes.shape}; e and k must be the same"
+            f"{name}: x [m, k] is {x}, w [e, n, k] is {w} and sizes [e] is {sizes.shape}; e and k "
+            "must be the same"
         )
     rows = per_slot["rows"]
     slots = x[0] if rows is None else rows.size

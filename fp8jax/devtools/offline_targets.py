@@ -1,8 +1,10 @@
-"""The GPUs that kernels are compiled for without having one: what XLA and the resource arithmetic need to know of each.
+"""The GPUs that kernels are compiled for without having one: what XLA and the resource arithmetic
+need to know of each.
 
-`target_description` writes the text form of XLA's `GpuTargetConfigProto`. Compute capability, warp size, the grid
-limit and shared memory decide what is compiled; core counts, clocks and bandwidths steer XLA's cost models. Source:
-the vendor's data sheets and the specifications that ship with XLA (`xla/backends/gpu/target_config/specs`).
+`target_description` writes the text form of XLA's `GpuTargetConfigProto`. Compute capability, warp
+size, the grid limit and shared memory decide what is compiled; core counts, clocks and bandwidths
+steer XLA's cost models. Source: the vendor's data sheets and the specifications that ship with XLA
+(`xla/backends/gpu/target_config/specs`).
 """
 
 from dataclasses import dataclass
@@ -21,7 +23,8 @@ class Target:
         l2_bytes, memory_bytes: sizes.
         threads_per_core: threads that an SM holds.
         blocks_per_core: thread blocks that an SM holds.
-        shared_per_core, shared_per_block: shared memory in bytes; each block takes 1 KB more than it asks for.
+        shared_per_core, shared_per_block: shared memory in bytes; each block takes 1 KB more than
+            it asks for.
     """
 
     name: str
@@ -82,9 +85,11 @@ TARGETS = {
 
 
 def target_description(target: Target) -> str:
-    """The target in the text form that `jax.experimental.topologies.get_topology_desc` takes as `target_config`."""
+    """The target in the text form that `jax.experimental.topologies.get_topology_desc` takes as
+    `target_config`."""
     major, minor = target.capability
-    # The instructions that exist on one architecture only (wgmma, tcgen05) need the "a" variant, sm_90a or sm_100a.
+    # The instructions that exist on one architecture only (wgmma, tcgen05) need the "a" variant,
+    # sm_90a or sm_100a.
     features = " feature_extension: ACCELERATED_FEATURES" if major >= 9 else ""
     return f"""gpu_device_info {{
   name: "{target.name}"  device_vendor: "NVIDIA Corporation"

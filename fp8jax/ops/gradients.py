@@ -3,18 +3,20 @@
     forward     y = x̂ @ ŵ.T + b          x̂ = q_x · s_x, ŵ = q_w · s_w, both rounded to e4m3
     backward    dx = dy @ ŵ              db = Σ dy              none for q and s
 
-Rounding is a staircase: its derivative is 0 or infinite. The *straight-through* estimate takes dx̂/dx = 1, so that dx is the
-gradient of the product with the dequantized weight. It is summed in float32 and has the dtype of x. Left to itself, JAX would
-push dy through the cast to e4m3, where it loses all but 3 bits, and everything outside of ±448 and 2⁻⁹.
+Rounding is a staircase: its derivative is 0 or infinite. The *straight-through* estimate takes
+dx̂/dx = 1, so that dx is the gradient of the product with the dequantized weight. It is summed in
+float32 and has the dtype of x. Left to itself, JAX would push dy through the cast to e4m3, where it
+loses all but 3 bits, and everything outside of ±448 and 2⁻⁹.
 
-An operation that fuses with quantization hands over codes and scales, neither of which can carry a gradient. So a
-`QActivation` also has a *carrier*: the floats that were quantized, or, where a kernel never wrote these, zeros of their
-shape. A product does not read it, so XLA removes it from a forward pass; dx is the carrier's cotangent, and
-the operation that made it answers with the gradient of its plain formula.
+An operation that fuses with quantization hands over codes and scales, neither of which can carry a
+gradient. So a `QActivation` also has a *carrier*: the floats that were quantized, or, where a
+kernel never wrote these, zeros of their shape. A product does not read it, so XLA removes it from a
+forward pass; dx is the carrier's cotangent, and the operation that made it answers with the
+gradient of its plain formula.
 
-Weights as codes and scales cannot be trained: a gradient step is far smaller than the distance of two codes. Asking for
-it is an error (`refused`) rather than zeros. What can be trained over an FP8 model is everything that is float:
-inputs, embeddings, norms, adapters beside its layers.
+Weights as codes and scales cannot be trained: a gradient step is far smaller than the distance of
+two codes. Asking for it is an error (`refused`) rather than zeros. What can be trained over an FP8
+model is everything that is float: inputs, embeddings, norms, adapters beside its layers.
 
     loss = lambda adapters, x: …  y = ops.scaled_matmul(x, w) + (x @ adapters["a"]) @ adapters["b"]  …
     jax.grad(loss)(adapters, x)                                # w is closed over, or an argument that grad leaves alone
@@ -22,7 +24,6 @@ inputs, embeddings, norms, adapters beside its layers.
 Source: Bengio, Léonard, Courville 2013, section 3.1, for the straight-through estimate.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -30,44 +31,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from fp8jax.no_gradient import refused
 from fp8jax.pallas_kernels.grouped_matmul import over_tiles, tile_list
 
-_WEIGHTS_ARE_CONSTANT = (
-    "an FP8 weight (a QArray: e4m3 codes and scales) has no gradient. Differentiate with respect to what is float: inputs, embeddings, "
-    "norms, biases, or adapters beside the layer; close over the rest of the model or pass it as an argument that jax.grad does "
-    "not differentiate. To train the weight itself, keep it as floats: fp8jax.dequantize(weight)"
-)
 _CODES_ARE_CONSTANT = (
-    "codes and scales of a QActivation have no gradient. Make it with fp8jax.quantize_activation, whose result carries the gradient to "
-    "the floats that were quantized, or stop the gradient with jax.lax.stop_gradient"
+    "codes and scales of a QActivation have no gradient. Make it with fp8jax.quantize_activation, "
+    "whose result carries the gradient to the floats that were quantized, or stop the gradient "
+    "with jax.lax.stop_gradient"
 )
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _refusing(refusal: Exception, tree: Any) -> Any:
-    del refusal
-    return tree
-
-
-@_refusing.defjvp
-def _refuse(refusal: Exception, primals: Any, tangents: Any) -> Any:
-    del primals, tangents
-    raise refusal
-
-
-def refused(tree: Any, refusal: Exception) -> Any:
-    """The same arrays, and an error for who differentiates with respect to any of them.
-
-    Args:
-        tree: arrays.
-        refusal: what is raised while JAX traces the derivative.
-    """
-    return _refusing(refusal, tree)
-
-
-def constant_weight(weight: Any) -> Any:
-    """A quantized weight, and an error for who differentiates with respect to it."""
-    return refused(weight, TypeError(_WEIGHTS_ARE_CONSTANT))
 
 
 def constant_activation(codes_and_scale: Any) -> Any:
@@ -85,7 +56,8 @@ def with_backward(
 
     Args:
         forward: closes over nothing that is traced.
-        backward: (what was kept, cotangent of the result) -> one cotangent an argument, None where there is none.
+        backward: (what was kept, cotangent of the result) -> one cotangent an argument, None where
+            there is none.
         arguments: pytrees of arrays.
         kept: what of the arguments the backward pass needs.
     """
@@ -98,12 +70,15 @@ def with_backward(
     return operation(*arguments)
 
 
-def with_gradient_of(plain: Callable[..., Any], kernel: Callable[..., tuple[Any, Any]], *arguments: Any) -> Any:
+def with_gradient_of(
+    plain: Callable[..., Any], kernel: Callable[..., tuple[Any, Any]], *arguments: Any
+) -> Any:
     """What a kernel computes, with the gradient of a plain formula.
 
     Args:
         plain: arguments -> floats.
-        kernel: arguments -> (floats as above, codes and integers); closes over nothing that is traced, as plain.
+        kernel: arguments -> (floats as above, codes and integers); closes over nothing that is
+            traced, as plain.
         arguments: pytrees of arrays.
     Returns:
         What the kernel returns; its second half is constant to a derivative.
@@ -117,7 +92,8 @@ def with_gradient_of(plain: Callable[..., Any], kernel: Callable[..., tuple[Any,
 
 
 def dtype_of_products(dtype: jax.typing.DTypeLike) -> jax.typing.DTypeLike:
-    """What a backward product's operands are rounded to: bfloat16 beside bfloat16 activations, else float32.
+    """What a backward product's operands are rounded to: bfloat16 beside bfloat16 activations, else
+    float32.
 
     float16 ends at 6e-8, above what cotangents and small weights often are.
     """
@@ -130,7 +106,9 @@ def product_with(dy: jax.Array, weight: jax.Array, dtype: jax.typing.DTypeLike) 
     precision = lax.Precision.HIGHEST if dtype == jnp.float32 else lax.Precision.DEFAULT
     contract = (((1,), (0,)), ((), ()))
     operands = dy.astype(dtype), weight.astype(dtype)
-    return lax.dot_general(*operands, contract, precision=precision, preferred_element_type=jnp.float32)
+    return lax.dot_general(
+        *operands, contract, precision=precision, preferred_element_type=jnp.float32
+    )
 
 
 def grouped_backward(
@@ -147,8 +125,8 @@ def grouped_backward(
 ) -> tuple[jax.Array, jax.Array | None]:
     """Gradients of a grouped product with respect to its rows and the weights of its slots.
 
-    With g[slot] = dy[out_rows[slot]] @ ŵ[expert of slot]: d row_weight[slot] = g · x̂[rows[slot]], and dx[row] is the sum of row_weight · g
-    over the slots that read the row.
+    With g[slot] = dy[out_rows[slot]] @ ŵ[expert of slot]: d row_weight[slot] = g · x̂[rows[slot]],
+    and dx[row] is the sum of row_weight · g over the slots that read the row.
 
     Args:
         dy: float `[r, n]`.
@@ -193,7 +171,8 @@ def grouped_weight_gradient(
 ) -> jax.Array:
     """Gradient of a grouped product with respect to a stack of floats, which has the dtype of x.
 
-    An expert's tiles follow each other, so that one expert at a time is summed in float32 beside the stack that is returned.
+    An expert's tiles follow each other, so that one expert at a time is summed in float32 beside
+    the stack that is returned.
 
     Args:
         x: float `[m, k]`.

@@ -1,4 +1,5 @@
-"""Programs to compile offline: one kernel on a given shape, for tests and for `scripts/inspect_kernels.py`."""
+"""Programs to compile offline: one kernel on a given shape, for tests and for
+`scripts/inspect_kernels.py`."""
 
 import functools
 from typing import Any, Literal
@@ -6,30 +7,45 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from fp8jax.devtools.offline_compile import Program
 from fp8jax.pallas_kernels import expert_routing, matmul_tiles
 from fp8jax.pallas_kernels.block_scaled_matmul import block_scaled_matmul_triton
 from fp8jax.pallas_kernels.block_scaled_matmul import default_config as default_block_scaled_config
+from fp8jax.pallas_kernels.formats import BLOCK
 from fp8jax.pallas_kernels.grouped_matmul import ExpertScales
 from fp8jax.pallas_kernels.grouped_matmul_kernel import grouped_scaled_matmul_triton
 from fp8jax.pallas_kernels.matmul_config import Config
-from fp8jax.pallas_kernels.offline_compile import Program
 from fp8jax.pallas_kernels.scaled_matmul import default_config as default_scaled_config
 from fp8jax.pallas_kernels.scaled_matmul import scaled_matmul_triton
-from fp8jax.schemes import BLOCK
 
 MatmulOp = Literal["scaled_matmul", "block_scaled_matmul"]
 
-# Outputs n and inputs k of the linear layers of a decoder layer, fused as the models here fuse them.
+# Outputs n and inputs k of the linear layers of a decoder layer, fused as the models here fuse
+# them.
 LINEAR_SHAPES = {
-    "llama-3.1-8b": {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)},
-    "llama-3.1-70b": {"qkv": (10240, 8192), "o": (8192, 8192), "gate_up": (57344, 8192), "down": (8192, 28672)},
+    "llama-3.1-8b": {
+        "qkv": (6144, 4096),
+        "o": (4096, 4096),
+        "gate_up": (28672, 4096),
+        "down": (4096, 14336),
+    },
+    "llama-3.1-70b": {
+        "qkv": (10240, 8192),
+        "o": (8192, 8192),
+        "gate_up": (57344, 8192),
+        "down": (8192, 28672),
+    },
     "granite-3.0-1b-a400m": {"qkv": (2048, 1024), "o": (1024, 1024)},
     "qwen3-30b-a3b": {"qkv": (5120, 2048), "o": (2048, 4096)},
 }
 
 # Experts e and top_k, and the stacks of a layer as row groups, outputs n, inputs k.
 EXPERT_SHAPES = {
-    "granite-3.0-1b-a400m": {"experts": (32, 8), "gate_up": (2, 1024, 1024), "down": (1, 1024, 512)},
+    "granite-3.0-1b-a400m": {
+        "experts": (32, 8),
+        "gate_up": (2, 1024, 1024),
+        "down": (1, 1024, 512),
+    },
     "qwen3-30b-a3b": {"experts": (128, 8), "gate_up": (2, 1536, 2048), "down": (1, 2048, 768)},
 }
 
@@ -62,13 +78,23 @@ def matmul(
     x, w = (jax.ShapeDtypeStruct((rows, k), jnp.float8_e4m3fn) for rows in (m, n))
     if op == "scaled_matmul":
         scales = f32((m, 1)), f32((n, 1) if per_channel else (1,))
-        kernel = functools.partial(scaled_matmul_triton, out_dtype=jnp.dtype(out_dtype), config=chosen)
-    else:
-        scales = f32((groups, m) if x_scale_layout == "gm" else (m, groups)), f32((-(-n // BLOCK), groups))
         kernel = functools.partial(
-            block_scaled_matmul_triton, out_dtype=jnp.dtype(out_dtype), config=chosen, x_scale_layout=x_scale_layout
+            scaled_matmul_triton, out_dtype=jnp.dtype(out_dtype), config=chosen
         )
-    arguments = [x, scales[0], w, scales[1]] + ([jax.ShapeDtypeStruct((n,), jnp.bfloat16)] if bias else [])
+    else:
+        scales = (
+            f32((groups, m) if x_scale_layout == "gm" else (m, groups)),
+            f32((-(-n // BLOCK), groups)),
+        )
+        kernel = functools.partial(
+            block_scaled_matmul_triton,
+            out_dtype=jnp.dtype(out_dtype),
+            config=chosen,
+            x_scale_layout=x_scale_layout,
+        )
+    arguments = [x, scales[0], w, scales[1]] + (
+        [jax.ShapeDtypeStruct((n,), jnp.bfloat16)] if bias else []
+    )
 
     def program(x, x_scale, w, w_scale, bias=None):
         return kernel(x, x_scale, w, w_scale, bias=bias)
@@ -92,16 +118,19 @@ def grouped_matmul(
 
     Args:
         scales: of the weights.
-        tokens, top_k: there are tokens · top_k slots.
+        tokens, top_k: there are tokens Â· top_k slots.
         num_experts, n, k, row_groups: the stack.
-        gathered: slots read rows of x by id, as gate_up does; otherwise slot i reads row i and has a weight, as down does.
+        gathered: slots read rows of x by id, as gate_up does; otherwise slot i reads row i and has
+            a weight, as down does.
         config: fields of a `Config`; the default of the device if None.
         x_scale_layout: as the kernel takes it.
     """
     slots = tokens * top_k
     m, groups = tokens if gathered else slots, -(-k // BLOCK)
     f32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
-    x, w = (jax.ShapeDtypeStruct(shape, jnp.float8_e4m3fn) for shape in ((m, k), (num_experts, n, k)))
+    x, w = (
+        jax.ShapeDtypeStruct(shape, jnp.float8_e4m3fn) for shape in ((m, k), (num_experts, n, k))
+    )
     if scales == "tensor":
         x_scale, w_scale = f32((m, 1)), f32((num_experts,))
     else:
@@ -125,6 +154,10 @@ def grouped_matmul(
 
 def routing(tokens: int, num_experts: int, top_k: int) -> Program:
     """From a router's bfloat16 logits to the work of an expert layer."""
-    rule = expert_routing.Rule(top_k, softmax_over="all", renormalise="yes", weight_dtype="bfloat16")
+    rule = expert_routing.Rule(
+        top_k, softmax_over="all", renormalise="yes", weight_dtype="bfloat16"
+    )
     run = functools.partial(expert_routing.route_experts_triton, rule=rule, block_m=16)
-    return Program(lambda logits: run(logits), (jax.ShapeDtypeStruct((tokens, num_experts), jnp.bfloat16),))
+    return Program(
+        lambda logits: run(logits), (jax.ShapeDtypeStruct((tokens, num_experts), jnp.bfloat16),)
+    )

@@ -2,15 +2,18 @@
 
     file ──read──> a buffer of PIECE_BYTES ──> rows quantized (one jitted function) ──> written into the finished weight
 
-A *piece* is some rows of a matrix, whole blocks of them; a matrix that fits is one piece. The finished weight is there from
-the start, is donated to each write and so changes in place. At any moment the process holds the finished weights and what
-belongs to two pieces: while the device works on one, the next is read. A large layer costs no more than a small one, in
-whichever dtype it is stored.
+A *piece* is some rows of a matrix, whole blocks of them; a matrix that fits is one piece. The
+finished weight is there from the start, is donated to each write and so changes in place. At any
+moment the process holds the finished weights and what belongs to two pieces: while the device works
+on one, the next is read. A large layer costs no more than a small one, in whichever dtype it is
+stored.
 
-Cutting changes no bit: scales of blocks and rows lie within a piece. The scale of a whole tensor does not, so where such a
-matrix is more than one piece, it is read twice, for its largest |w| first; the second time the file is in the page cache.
+Cutting changes no bit: scales of blocks and rows lie within a piece. The scale of a whole tensor
+does not, so where such a matrix is more than one piece, it is read twice, for its largest |w|
+first; the second time the file is in the page cache.
 
-What a piece has as its largest |w| in each row is also how NaN, Inf and numbers too large are found, and where.
+What a piece has as its largest |w| in each row is also how NaN, Inf and numbers too large are
+found, and where.
 """
 
 import functools
@@ -24,14 +27,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from fp8jax.checkpoint import Checkpoint
-from fp8jax.checkpoint_error import CheckpointError, Faults
-from fp8jax.file_reading import aligned_empty
-from fp8jax.load_report import LayerReport, Outcome, mebibytes
-from fp8jax.parameters import Parameter, Span
+from fp8jax.checkpoints.errors import CheckpointError, Faults
+from fp8jax.checkpoints.file_reading import aligned_empty
+from fp8jax.checkpoints.folder import Checkpoint
+from fp8jax.checkpoints.load_report import LayerReport, Outcome, mebibytes
+from fp8jax.checkpoints.parameters import Parameter, Span
+from fp8jax.pallas_kernels.formats import BLOCK
 from fp8jax.qarray import QArray, SplitQArray, dequantize_rows, quantize, rows_of_parts, scale_shape
 from fp8jax.quantization_config import QuantizationConfig
-from fp8jax.schemes import BLOCK, Scheme
+from fp8jax.schemes import Scheme
 
 PIECE_BYTES = 16 << 20  # of the checkpoint; larger ones load no faster
 _ERROR_ROWS = 256
@@ -58,15 +62,22 @@ def fill(
     Returns:
         One entry a parameter.
     Raises:
-        CheckpointError: NaN, Inf or numbers beyond `dtype`, those of all tensors; or a file changed meanwhile.
-        MemoryError: host or device ran out of it; names the layer, its size and how far loading was.
+        CheckpointError: NaN, Inf or numbers beyond `dtype`, those of all tensors; or a file changed
+            meanwhile.
+        MemoryError: host or device ran out of it; names the layer, its size and how far loading
+            was.
     """
     from tqdm import tqdm
 
     sizes = [sum(checkpoint.tensors[source].nbytes for source, _ in p.sources) for p in parameters]
     buffers, reports, faults = _Buffers(), [], Faults()
     with tqdm(
-        total=sum(sizes), desc="loading", unit="B", unit_scale=True, unit_divisor=1024, disable=disable_bar
+        total=sum(sizes),
+        desc="loading",
+        unit="B",
+        unit_scale=True,
+        unit_divisor=1024,
+        disable=disable_bar,
     ) as bar:
 
         def report(filled: _Filled, size: int) -> LayerReport:
@@ -88,7 +99,8 @@ def fill(
             scheme = schemes[p.name] if p.kind != "other" else None
             try:
                 current = _fill_one(checkpoint, p, scheme, dtype, buffers, bar.update)
-                # One behind, so that the device still works on a layer while the next is being read.
+                # One behind, so that the device still works on a layer while the next is being
+                # read.
                 if previous is not None:
                     reports.append(report(previous, sizes[i - 1]))
             except (MemoryError, jax.errors.JaxRuntimeError) as error:
@@ -97,9 +109,11 @@ def fill(
                 # The device may have been at work on the one before.
                 before = f" (or {parameters[i - 1].name} before it)" if i else ""
                 raise MemoryError(
-                    f"{p.name}.{p.attribute}: out of memory while loading it{before}: it has {mebibytes(sizes[i])} in the"
-                    f" checkpoint; {mebibytes(sum(sizes[:i]))} of {mebibytes(sum(sizes))} were read before. Free memory,"
-                    f" raise the limit of this process, or quantize more of the model. ({type(error).__name__}: {error})"
+                    f"{p.name}.{p.attribute}: out of memory while loading it{before}: it has "
+                    f"{mebibytes(sizes[i])} in the checkpoint; {mebibytes(sum(sizes[:i]))} of "
+                    f"{mebibytes(sum(sizes))} were read before. Free memory, raise the limit of "
+                    f"this process, or quantize more of the model. ({type(error).__name__}: "
+                    f"{error})"
                 ) from error
             previous = current
         if previous is not None:
@@ -129,7 +143,8 @@ class _Piece:
 
 
 def _cut(n: int, row_bytes: int, *, row_groups: int, parts: Sequence[int]) -> Iterator[_Piece]:
-    """Cuts n rows into pieces of about PIECE_BYTES that end where parts and row groups end, or else at whole blocks."""
+    """Cuts n rows into pieces of about PIECE_BYTES that end where parts and row groups end, or else
+    at whole blocks."""
     if n * row_bytes <= PIECE_BYTES and len(parts) == 1:
         yield _Piece(0, n, row_groups, 0, 0, 0)
         return
@@ -139,7 +154,9 @@ def _cut(n: int, row_bytes: int, *, row_groups: int, parts: Sequence[int]) -> It
         for group in range(0, part_rows, group_rows):
             rows = min(group_rows, part_rows - group)
             count = -(-rows * row_bytes // PIECE_BYTES)
-            step = -(-rows // count // BLOCK) * BLOCK  # of about equal size: few shapes to compile for
+            step = (
+                -(-rows // count // BLOCK) * BLOCK
+            )  # of about equal size: few shapes to compile for
             for start in range(0, rows, step):
                 block = blocks + start // BLOCK
                 yield _Piece(first + start, min(step, rows - start), 1, part, group + start, block)
@@ -147,7 +164,8 @@ def _cut(n: int, row_bytes: int, *, row_groups: int, parts: Sequence[int]) -> It
 
 
 class _Buffers:
-    """Host memory for two pieces in turn: while the device works from one, the file is read into the other."""
+    """Host memory for two pieces in turn: while the device works from one, the file is read into
+    the other."""
 
     def __init__(self) -> None:
         self._memory = [aligned_empty(0), aligned_empty(0)]
@@ -163,9 +181,11 @@ class _Buffers:
         return self._memory[self._turn][:size].view(dtype).reshape(shape)
 
     def wait(self) -> None:
-        """Waits until the device is done with the buffer before; to be called when this one is full.
+        """Waits until the device is done with the buffer before; to be called when this one is
+        full.
 
-        That frees the other buffer, which on a CPU the device may read in place, and leaves the device one piece at a time.
+        That frees the other buffer, which on a CPU the device may read in place, and leaves the
+        device one piece at a time.
         """
         if self._result is not None:
             self._result.block_until_ready()
@@ -196,7 +216,15 @@ class _Filled:
         for expert, pieces in enumerate(self.row_amax):
             spans = self.parameter.spans_of(expert if self.parameter.experts is not None else None)
             rows = np.concatenate([np.asarray(piece) for piece in pieces])
-            found.append(list(zip(spans, np.split(rows, np.cumsum([span.rows for span in spans])[:-1]), strict=True)))
+            found.append(
+                list(
+                    zip(
+                        spans,
+                        np.split(rows, np.cumsum([span.rows for span in spans])[:-1]),
+                        strict=True,
+                    )
+                )
+            )
         return found
 
     def shard_amax(self) -> tuple[float, ...]:
@@ -205,7 +233,8 @@ class _Filled:
         return tuple(map(float, amax.max(axis=0)))
 
     def relative_error(self) -> float | None:
-        """‖dequantized − w‖ / ‖w‖ from rows of (unit, ‖difference‖ / unit, ‖w‖ / unit), one a piece."""
+        """‖dequantized − w‖ / ‖w‖ from rows of (unit, ‖difference‖ / unit, ‖w‖ / unit), one a
+        piece."""
         if self.scheme is None:
             return None
         unit, difference, weight = np.asarray(self.norms, np.float64).T
@@ -257,7 +286,9 @@ def _fill_one(
             if whole_at_once:
                 finished.append(value)
             else:
-                scale_row = piece.block if scheme is not None and scheme.weight == "block" else piece.start
+                scale_row = (
+                    piece.block if scheme is not None and scheme.weight == "block" else piece.start
+                )
                 where = np.asarray([expert, piece.start, scale_row], np.int32)
                 finished[piece.part] = _put(finished[piece.part], value, where)
             row_amax[-1].append(of_rows)
@@ -297,9 +328,15 @@ def _larger(amax: jax.Array | None, weight: jax.Array) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
 def _convert(
-    weight: jax.Array, amax: jax.Array | None, scheme: Scheme | None, dtype: str, row_groups: int, error_rows: int
+    weight: jax.Array,
+    amax: jax.Array | None,
+    scheme: Scheme | None,
+    dtype: str,
+    row_groups: int,
+    error_rows: int,
 ) -> tuple[QArray | jax.Array, jax.Array, jax.Array]:
-    """Rows quantized or cast, the largest |w| of each row, and what `_Filled.relative_error` needs."""
+    """Rows quantized or cast, the largest |w| of each row, and what `_Filled.relative_error`
+    needs."""
     magnitude = jnp.abs(weight)
     row_amax = (jnp.max(magnitude, axis=-1) if weight.ndim > 1 else magnitude).astype(jnp.float32)
     if scheme is None:
@@ -312,7 +349,11 @@ def _convert(
     unit = jnp.maximum(jnp.max(row_amax), jnp.float32(np.finfo(np.float32).tiny))
     wide = weight[rows, :].astype(jnp.float32) / unit
     difference = dequantize_rows(q, rows) / unit - wide
-    return q, row_amax, jnp.stack([unit, *(jnp.sqrt(jnp.sum(jnp.square(part))) for part in (difference, wide))])
+    return (
+        q,
+        row_amax,
+        jnp.stack([unit, *(jnp.sqrt(jnp.sum(jnp.square(part))) for part in (difference, wide))]),
+    )
 
 
 def _empty(
@@ -331,23 +372,28 @@ def _empty(
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _put(whole: QArray | jax.Array, rows: QArray | jax.Array, where: jax.Array) -> QArray | jax.Array:
+def _put(
+    whole: QArray | jax.Array, rows: QArray | jax.Array, where: jax.Array
+) -> QArray | jax.Array:
     """The weight with some rows written into it, in place; `where` is expert, row, row of scales.
 
-    A program of its own: fused with what computes the codes, XLA's CPU backend does it all in one slow loop. And a slice, for
-    `.at[…].set` is a scatter, which copies the weight.
+    A program of its own: fused with what computes the codes, XLA's CPU backend does it all in one
+    slow loop. And a slice, for `.at[…].set` is a scatter, which copies the weight.
     """
 
     def write(whole: jax.Array, rows: jax.Array, row: jax.Array) -> jax.Array:
         zero = jnp.int32(0)
         start = {1: (where[0],), 2: (row, zero), 3: (where[0], row, zero)}[whole.ndim]
-        return jax.lax.dynamic_update_slice(whole, rows.reshape((1,) * (whole.ndim - rows.ndim) + rows.shape), start)
+        return jax.lax.dynamic_update_slice(
+            whole, rows.reshape((1,) * (whole.ndim - rows.ndim) + rows.shape), start
+        )
 
     if not isinstance(whole, QArray):
         assert not isinstance(rows, QArray)
         return write(whole, rows, where[1])
     assert isinstance(rows, QArray)
-    # As bytes: where a device has no FP8, XLA would take the whole weight to float16 and back to change a part of it.
+    # As bytes: where a device has no FP8, XLA would take the whole weight to float16 and back to
+    # change a part of it.
     codes, new = (jax.lax.bitcast_convert_type(q.qvalue, jnp.uint8) for q in (whole, rows))
     codes = jax.lax.bitcast_convert_type(write(codes, new, where[1]), jnp.float8_e4m3fn)
     return QArray(codes, write(whole.scale, rows.scale, where[2]), whole.scheme, whole.row_groups)
@@ -373,11 +419,12 @@ def _misfit(checkpoint: Checkpoint, span: Span, row: int, limit: float) -> str:
     checkpoint.read_into(span.source, values, first=first)
     wide = values.astype(np.float32)
     column = int(np.flatnonzero(~(np.abs(wide) <= limit))[0])
-    value, index = float(wide[column]), [int(i) for i in np.unravel_index(first + column, info.shape)]
+    value, index = (
+        float(wide[column]),
+        [int(i) for i in np.unravel_index(first + column, info.shape)],
+    )
     if np.isfinite(value):
-        return (
-            f"{span.source}: {value:g} at index {index} is beyond {limit:g}, the largest value of the dtype asked for"
-        )
+        return f"{span.source}: {value:g} at index {index} is beyond {limit:g}, the largest value of the dtype asked for"
     return f"{span.source}: holds {value} first at index {index}; every weight must be finite. Is the file damaged?"
 
 

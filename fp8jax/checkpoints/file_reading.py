@@ -1,6 +1,7 @@
 """Files of a checkpoint, read as what they were when they were first opened, or not at all.
 
-A checkpoint is several files, and loading takes minutes in which they may be replaced, cut short or lost. Three rules:
+A checkpoint is several files, and loading takes minutes in which they may be replaced, cut short or
+lost. Three rules:
 
     regular files only      a pipe would block for ever, a device never ends; files read whole have a size limit
     a file has a stamp      (device, inode, size, mtime): taken when the header is read, compared whenever the file is
@@ -8,8 +9,8 @@ A checkpoint is several files, and loading takes minutes in which they may be re
     read, never map         a mapped file that is cut short kills the process that touches it (SIGBUS); a read that comes
                             out short is an error that can be told
 
-Reads go into memory of the caller's. So what a loader holds is what it asked for, aligned, and does not change with the
-file. Few descriptors are open at a time, whatever the number of shards.
+Reads go into memory of the caller's. So what a loader holds is what it asked for, aligned, and does
+not change with the file. Few descriptors are open at a time, whatever the number of shards.
 """
 
 import errno
@@ -23,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fp8jax.checkpoint_error import CheckpointError, Faults, shown
+from fp8jax.checkpoints.errors import CheckpointError, Faults, shown
 
 MAX_OPEN_FILES = 4
 _ALIGNMENT = 64  # what XLA wants of memory that it uses in place on a CPU
@@ -63,7 +64,8 @@ class FileStamp:
 
 
 def reason(error: Exception) -> str:
-    """Why a file cannot be read, and what to do: "cannot be read (Permission denied); check its permissions"."""
+    """Why a file cannot be read, and what to do: "cannot be read (Permission denied); check its
+    permissions"."""
     cause, advice = error, "check the path and its permissions"
     if isinstance(error, OSError):
         cause, advice = error.strerror or error, _ADVICE.get(error.errno or 0, advice)
@@ -77,10 +79,13 @@ def open_regular(path: Path) -> tuple[io.FileIO, FileStamp]:
         OSError, ValueError: it cannot be opened. ValueError: a path that no file system can hold.
         NotRegularError: it is a folder, a pipe, a device or a socket.
     """
-    # Before opening, for to open a device may do something; and after, for it may have been replaced between.
+    # Before opening, for to open a device may do something; and after, for it may have been
+    # replaced between.
     _require_regular(path.stat())
     # O_NONBLOCK: a pipe would wait here for a writer. For regular files it means nothing.
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    descriptor = os.open(
+        path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    )
     file = io.FileIO(descriptor, "rb")
     try:
         status = os.fstat(descriptor)
@@ -99,14 +104,16 @@ def read_whole(path: Path, limit: int) -> tuple[bytes, FileStamp]:
     """Reads a file of at most `limit` bytes.
 
     Raises:
-        CheckpointError: it cannot be read, is no regular file or is larger; the text has no path, for it stands in a list.
+        CheckpointError: it cannot be read, is no regular file or is larger; the text has no path,
+            for it stands in a list.
         FileNotFoundError: there is no such file.
     """
     content = bytearray()
     try:
         file, stamp = open_regular(path)
         with file:
-            # Not `file.read()`: a file that grows meanwhile, or lies about its size, has to end too.
+            # Not `file.read()`: a file that grows meanwhile, or lies about its size, has to end
+            # too.
             while stamp.size <= limit >= len(content):
                 if not (piece := file.read(max(stamp.size - len(content), 0) + 1)):
                     break
@@ -119,13 +126,15 @@ def read_whole(path: Path, limit: int) -> tuple[bytes, FileStamp]:
         raise CheckpointError(reason(error)) from error
     if (size := max(stamp.size, len(content))) > limit:
         raise CheckpointError(
-            f"has {size} bytes, at most {limit} are read of such a file; it is damaged or something else"
+            f"has {size} bytes, at most {limit} are read of such a file; it is damaged or "
+            "something else"
         )
     return bytes(content), stamp
 
 
 def check_readable(folder: Path, suffixes: tuple[str, ...], limit: int) -> None:
-    """Looks at files of a folder that someone else is going to read: each must open, be a regular file, and end.
+    """Looks at files of a folder that someone else is going to read: each must open, be a regular
+    file, and end.
 
     Args:
         folder: where they lie; subfolders are not looked into.
@@ -143,7 +152,10 @@ def check_readable(folder: Path, suffixes: tuple[str, ...], limit: int) -> None:
             file, stamp = open_regular(path)
             file.close()
             if stamp.size > limit:
-                faults.append(f"{shown(path.name)}: has {stamp.size} bytes, at most {limit} are read of such a file")
+                faults.append(
+                    f"{shown(path.name)}: has {stamp.size} bytes, at most {limit} are read of such "
+                    "a file"
+                )
         except NotRegularError as error:
             faults.append(f"{shown(path.name)}: is {error}, not a regular file")
         except OSError as error:
@@ -161,17 +173,21 @@ def aligned_empty(count: int) -> np.ndarray:
 
 @dataclass(eq=False)
 class FileReader:
-    """Reads ranges of files that must stay what their stamps say; `stamps` has None for a file that must stay absent."""
+    """Reads ranges of files that must stay what their stamps say; `stamps` has None for a file that
+    must stay absent."""
 
     stamps: dict[Path, FileStamp | None] = field(default_factory=dict)
     _open: OrderedDict[Path, io.FileIO] = field(default_factory=OrderedDict, repr=False)
-    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)  # a file has one position for all threads
+    _lock: threading.Lock = field(
+        default_factory=threading.Lock, repr=False
+    )  # a file has one position for all threads
 
     def read_into(self, path: Path, offset: int, out: np.ndarray) -> None:
         """Fills `out` (contiguous) with the bytes of a file from `offset` on.
 
         Raises:
-            CheckpointError: the file cannot be read, ends too soon, or is not what it was when its stamp was taken.
+            CheckpointError: the file cannot be read, ends too soon, or is not what it was when its
+                stamp was taken.
         """
         try:
             with self._lock:
@@ -188,7 +204,8 @@ class FileReader:
             raise _changed(path, f"it ends {missing} bytes too soon")
 
     def verify(self) -> None:
-        """Raises `CheckpointError` naming the first file that is not what it was, was replaced, or has come or gone."""
+        """Raises `CheckpointError` naming the first file that is not what it was, was replaced, or
+        has come or gone."""
         for path, before in self.stamps.items():
             try:
                 now = FileStamp.of(path.stat())
@@ -246,8 +263,9 @@ def _fill(file: io.FileIO, rest: memoryview) -> int:
 
 def _changed(path: Path, how: str) -> CheckpointError:
     return CheckpointError(
-        f"{shown(str(path))}: was changed while the checkpoint was being read: {how}. What was read so far may be of two"
-        " checkpoints; wait until nothing writes to the folder, and load it again"
+        f"{shown(str(path))}: was changed while the checkpoint was being read: {how}. What was "
+        "read so far may be of two checkpoints; wait until nothing writes to the folder, and load "
+        "it again"
     )
 
 

@@ -1,0 +1,19 @@
+"""What quantization costs: perplexity, KL divergence, top-1 agreement; tables that compare schemes."""
+
+from fp8jax.evaluation.metrics import (
+    Comparison,
+    compare,
+    compare_logits,
+    perplexity,
+    score_windows,
+    token_windows,
+)
+
+__all__ = [
+    "Comparison",
+    "compare",
+    "compare_logits",
+    "perplexity",
+    "score_windows",
+    "token_windows",
+]
