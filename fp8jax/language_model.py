@@ -21,6 +21,7 @@ import numpy as np
 from fp8jax.batches import Batch, batches, bucket, cache_room, end_ids, pad
 from fp8jax.checkpoints.load_report import LoadReport
 from fp8jax.compiled_model import CompiledModel
+from fp8jax.explanation import Explanation, explain
 from fp8jax.generation_config import GenerationDefaults, read_generation_config
 from fp8jax.models import CausalLM
 from fp8jax.qarray import QArray, SplitQArray
@@ -188,6 +189,25 @@ class LanguageModel:
         if weight is None:
             raise KeyError(f"{name} has no weight of its own; it has {_children(module)}")
         return weight
+
+    def explain(
+        self, *, batch: int = 1, prompt_tokens: int | None = None, device: str | None = None
+    ) -> Explanation:
+        """Which kernel, with which tiles, would run each operation of each layer, and why not
+        another; print it.
+
+        Args:
+            batch: rows of the decode step and of the prefill.
+            prompt_tokens: tokens of a row in the prefill; 512, or what the context holds.
+            device: `device_kind` of a GPU that need not be here, "NVIDIA H100 80GB HBM3"; the
+                current device by default.
+        Raises:
+            ValueError: more tokens than the context holds.
+            NotImplementedError: the model was loaded with an implementation that the device has
+                not.
+        """
+        tokens = min(512, self.context_length) if prompt_tokens is None else prompt_tokens
+        return explain(self.model, batch=batch, prompt_tokens=tokens, device=device)
 
     def logits(self, token_ids: Any) -> jax.Array:
         """Logits of every position: plain causal forward pass, no cache.

@@ -24,7 +24,6 @@ from typing import Any, Literal
 import numpy as np
 from jax.typing import DTypeLike
 
-from fp8jax import ops
 from fp8jax.checkpoints.filling import fill
 from fp8jax.checkpoints.folder import Checkpoint
 from fp8jax.checkpoints.host_memory import PeakMemory
@@ -41,6 +40,7 @@ from fp8jax.checkpoints.parameters import (
 from fp8jax.generation_config import read_generation_config
 from fp8jax.language_model import LanguageModel
 from fp8jax.models import CausalLM, read_decoder_config
+from fp8jax.ops.choice import IMPLEMENTATIONS, Implementation
 from fp8jax.quantization_config import LayerKind, QuantizationConfig
 from fp8jax.schemes import Scheme
 
@@ -63,7 +63,7 @@ def load_quantized(
     *,
     quantization_config: Mapping[str, Any] | None = None,
     dtype: DTypeLike = "bfloat16",
-    implementation: ops.Implementation = "auto",
+    implementation: Implementation = "auto",
     revision: str | None = None,
     progress: Literal["auto", "on", "off"] | bool = "auto",
 ) -> LanguageModel:
@@ -78,7 +78,7 @@ def load_quantized(
             float32, no TF32), as a name, a short name ("bf16", "fp16", "fp32") or a NumPy or JAX
             dtype; "auto" for the checkpoint's own, as config.json has it, or else most of its
             tensors.
-        implementation: "xla", "triton" or "auto", see `ops`.
+        implementation: "xla", "triton" or "auto", see `ops/choice.py`; "triton_interpreted" for tests.
         revision: branch, tag or commit of a hub repository.
         progress: a progress bar on stderr: "on" or True, "off" or False; "auto" shows it on
             terminals.
@@ -217,10 +217,10 @@ def _check_arguments(
         raise ValueError(
             f"quantization_config is {quantization_config!r}; give a dict, or leave it out"
         )
-    if implementation not in ops.IMPLEMENTATIONS:
+    if implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"implementation {implementation!r} is unknown; choose one of "
-            f"{', '.join(ops.IMPLEMENTATIONS)}"
+            f"{', '.join(IMPLEMENTATIONS)}"
         )
     if not isinstance(revision, str | None):
         raise ValueError(

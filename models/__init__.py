@@ -16,7 +16,8 @@ from fp8jax.models import (
     qwen3,
     qwen3_moe,
 )
-from fp8jax.models.decoder import CausalLM, Decoder, DecoderConfig
+from fp8jax.models.config import DecoderConfig
+from fp8jax.models.decoder import CausalLM, Decoder
 from fp8jax.models.hf_config import HFConfig, shown
 
 _MODULES = (granite, granitemoe, llama, mistral, mixtral, olmoe, qwen2, qwen3, qwen3_moe)

@@ -38,9 +38,10 @@ class Neutral:
 
 _HARMLESS_BY_REASON = {
     "says who wrote the file, with what, or where it lay": """
-        transformers_version _name_or_path name_or_path _commit_hash license finetuning_task task_specific_params prefix
-        unsloth_version unsloth_fixed is_llama_config transformers.js_config""",
-    "names Python code in the repository, which is never run: the families' own code is what is followed": """
+        transformers_version _name_or_path name_or_path _commit_hash license finetuning_task
+        task_specific_params prefix unsloth_version unsloth_fixed is_llama_config
+        transformers.js_config""",
+    "names Python code in the repository, which is never run: the families' own is followed": """
         auto_map""",
     "was read before, to find the family": "architectures model_type",
     "the tensors carry a dtype each, and load_quantized's own decides what is computed in": """
@@ -49,24 +50,26 @@ _HARMLESS_BY_REASON = {
     "token ids and the tokenizer do not enter the forward pass": """
         sep_token_id unk_token_id decoder_start_token_id tokenizer_class""",
     "is used in training only": """
-        initializer_range attention_dropout hidden_dropout resid_pdrop embd_pdrop attn_pdrop gradient_checkpointing
-        loss_type""",
+        initializer_range attention_dropout hidden_dropout resid_pdrop embd_pdrop attn_pdrop
+        gradient_checkpointing loss_type""",
     "says what transformers returns, or how it runs the same products": """
-        use_cache return_dict use_return_dict output_hidden_states output_attentions tie_last_hidden_states torchscript
-        attn_implementation _attn_implementation _attn_implementation_autoset _attn_implementation_internal
-        experts_implementation _experts_implementation _experts_implementation_internal chunk_size_feed_forward
-        keys_to_ignore_at_inference base_model_tp_plan base_model_pp_plan base_model_ep_plan base_model_fsdp_plan
-        tf_legacy_loss is_decoder""",
+        use_cache return_dict use_return_dict output_hidden_states output_attentions
+        tie_last_hidden_states torchscript attn_implementation _attn_implementation
+        _attn_implementation_autoset _attn_implementation_internal experts_implementation
+        _experts_implementation _experts_implementation_internal chunk_size_feed_forward
+        keys_to_ignore_at_inference base_model_tp_plan base_model_pp_plan base_model_ep_plan
+        base_model_fsdp_plan tf_legacy_loss is_decoder""",
     "belongs to a classification head, which a causal model has not": """
         id2label label2id num_labels problem_type classifier_dropout""",
     "is a length of training data or of a tokenizer; the context is max_position_embeddings": """
         seq_length model_max_length""",
-    "is a setting of generation, which transformers 5 drops from config.json: generation_config.json is where it counts": """
-        max_length min_length do_sample early_stopping num_beams temperature top_k top_p typical_p repetition_penalty
-        length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids num_return_sequences output_scores
-        return_dict_in_generate forced_bos_token_id forced_eos_token_id remove_invalid_values
-        exponential_decay_length_penalty suppress_tokens begin_suppress_tokens epsilon_cutoff eta_cutoff
-        encoder_repetition_penalty num_assistant_tokens num_assistant_tokens_schedule assistant_confidence_threshold
+    "is a setting of generation, which counts in generation_config.json only": """
+        max_length min_length do_sample early_stopping num_beams temperature top_k top_p typical_p
+        repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size
+        bad_words_ids num_return_sequences output_scores return_dict_in_generate forced_bos_token_id
+        forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens
+        begin_suppress_tokens epsilon_cutoff eta_cutoff encoder_repetition_penalty
+        num_assistant_tokens num_assistant_tokens_schedule assistant_confidence_threshold
         assistant_lookbehind target_lookbehind num_beam_groups diversity_penalty""",
 }
 

@@ -1,8 +1,8 @@
 """One parametric decoder for every family: numbers in, logits out.
 
-    x = embed(tokens) Â· embedding_multiplier
-    for each layer:  x += residual_multiplier Â· attention(norm(x));   x += residual_multiplier Â· mlp(norm(x))
-                     (an MLP, or in mixtures of experts a `SparseMoE` in its place)
+    x = embed(tokens) · embedding_multiplier
+    for each layer:  x += residual_multiplier · attention(norm(x))
+                     x += residual_multiplier · mlp(norm(x))          or experts (`SparseMoE`)
     logits = lm_head(norm(x)) / logits_divisor
 
 A family is a `DecoderConfig` made from its config.json (see `llama.py`); the forward pass below is
@@ -11,119 +11,60 @@ the same for all. Attributes are called as in the checkpoint, so that
 unrolled: scanning over stacked weights would make XLA copy each weight before each kernel.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from fp8jax import ops
 from fp8jax.explicit_sharding import with_automatic_axes
+from fp8jax.models.attention import Attention
+from fp8jax.models.config import DecoderConfig
 from fp8jax.models.kv_cache import KVCache, LayerCache, empty_cache
-from fp8jax.models.layers import MLP, Attention, Embedding, Linear, RMSNorm, Step
-from fp8jax.models.moe import MoEConfig, SparseMoE
-from fp8jax.models.rotary_embedding import Rope, cos_sin
-from fp8jax.ops.fused import times
-from fp8jax.ops.matmul import PartialSums, QActivation
+from fp8jax.models.layers import MLP, Embedding, Linear, Module, RMSNorm, Step, name_modules, scoped
+from fp8jax.models.moe import SparseMoE
+from fp8jax.models.rotary_embedding import cos_sin
+from fp8jax.ops.choice import Implementation, choose
+from fp8jax.ops.decisions import scope
+from fp8jax.ops.matmul import product
+from fp8jax.ops.values import Reads, Stream, Summed
+from fp8jax.pallas_kernels.rms_norm_quantize import times
 
 
-@dataclass(frozen=True, kw_only=True)
-class DecoderConfig:
-    """The architecture of a decoder, in numbers.
-
-    Args:
-        attention_scale: multiplies the scores; head_dim ** -0.5 in most families.
-        qk_norm: RMSNorm of q and k over each head or over the whole projection, before rope.
-        clip_qkv: q, k and v are clipped to ± this.
-        windows: a layer's attention window, itself included, None for all; one entry a layer.
-        moe: experts and router of the layers that have them; None for a dense model.
-        tied: lm_head is the embedding table.
-        dtype: of activations and unquantized weights.
-    """
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    max_position_embeddings: int
-    rope: Rope
-    rms_norm_eps: float
-    attention_scale: float
-    qkv_bias: Literal["yes", "no"] = "no"
-    o_bias: Literal["yes", "no"] = "no"
-    mlp_bias: Literal["yes", "no"] = "no"
-    qk_norm: Literal["none", "head", "whole"] = "none"
-    clip_qkv: float | None = None
-    windows: tuple[int | None, ...] = ()
-    moe: MoEConfig | None = None
-    tied: bool = False
-    embedding_multiplier: float = 1.0
-    residual_multiplier: float = 1.0
-    logits_divisor: float = 1.0
-    dtype: str = "bfloat16"
-
-    def window(self, layer: int) -> int | None:
-        return self.windows[layer] if self.windows else None
-
-    def has_experts(self, layer: int) -> bool:
-        return self.moe is not None and layer not in self.moe.dense_layers
-
-
-class DecoderLayer(nnx.Module):
-    """Attention, then MLP, each on a normalised copy of the residual stream.
-
-    What a part gives is added to the stream by the norm that comes next, which reads both anyway;
-    so the output of a layer's MLP is handed on beside the stream.
-    """
+class DecoderLayer(Module):
+    """Attention, then an MLP or experts, each on a normalised copy of the residual stream."""
 
     def __init__(self, config: DecoderConfig, index: int):
-        def norm():
-            return RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, dtype=config.dtype)
-
+        self.norms = config.norms
+        for name in dataclasses.astuple(config.norms):
+            if name is not None:
+                norm = RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, dtype=config.dtype)
+                setattr(self, name, norm)
         self.residual_multiplier = config.residual_multiplier
-        self.input_layernorm = norm()
         self.self_attn = Attention(config, window=config.window(index))
-        self.post_attention_layernorm = norm()
-        self.mlp = (
-            SparseMoE(config)
-            if config.has_experts(index)
-            else MLP(config, intermediate_size=config.intermediate_size)
-        )
+        self.mlp = SparseMoE(config) if config.has_experts(index) else MLP(config)
 
+    @scoped
     def __call__(
-        self,
-        x: jax.Array,
-        added: jax.Array | PartialSums | None,
-        step: Step,
-        cache: LayerCache | None,
-    ) -> tuple[jax.Array, jax.Array | PartialSums, LayerCache | None]:
-        """Stream and what is to be added to it -> the same after this layer, and the layer's
-        cache."""
-        multiplier, attention, mlp = self.residual_multiplier, self.self_attn, self.mlp
-        y, x = self.input_layernorm.after_adding(
-            x, added, step, multiplier=multiplier, reader=attention.qkv_proj.weight
-        )
-        attended, cache = attention(y, step, cache)
-        sparse = isinstance(mlp, SparseMoE)
-        y, x = self.post_attention_layernorm.after_adding(
-            x,
-            attended,
-            step,
-            multiplier=multiplier,
-            reader=mlp.experts.gate_up_proj if sparse else mlp.gate_up_proj.weight,
-            keep="codes and rows"
-            if sparse
-            else "codes",  # a router reads what the experts read quantized
-        )
-        return x, mlp(y, step), cache
+        self, stream: Stream, step: Step, cache: LayerCache | None
+    ) -> tuple[Stream, LayerCache | None]:
+        norms, by = self.norms, self.residual_multiplier
+        x, stream = self._norm(norms.before_attention).settle(stream, step, self.self_attn.reads)
+        attended, cache = self.self_attn(x, step, cache)
+        stream = stream.add(self._after(norms.after_attention, attended), multiplier=by)
+        x, stream = self._norm(norms.before_mlp).settle(stream, step, self.mlp.reads)
+        stream = stream.add(self._after(norms.after_mlp, self.mlp(x, step)), multiplier=by)
+        return stream, cache
+
+    def _norm(self, name: str) -> RMSNorm:
+        return getattr(self, name)
+
+    def _after(self, name: str | None, x: Summed) -> Summed:
+        return x if name is None else self._norm(name)(x)
 
 
-class Decoder(nnx.Module):
+class Decoder(Module):
     """Embedding, layers and the final norm: tokens to hidden states."""
 
     def __init__(self, config: DecoderConfig):
@@ -134,22 +75,21 @@ class Decoder(nnx.Module):
         self.layers = nnx.data([DecoderLayer(config, index) for index in range(config.num_layers)])
         self.norm = RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, dtype=config.dtype)
 
+    @scoped
     def __call__(
         self, token_ids: jax.Array, step: Step, cache: KVCache | None
     ) -> tuple[jax.Array, KVCache | None]:
-        x = times(self.embed_tokens(token_ids), self.config.embedding_multiplier)
-        added, caches = None, []
+        stream = Stream(times(self.embed_tokens(token_ids), self.config.embedding_multiplier))
+        caches = []
         for index, layer in enumerate(self.layers):
-            x, added, layer_cache = layer(x, added, step, None if cache is None else cache[index])
+            stream, layer_cache = layer(stream, step, None if cache is None else cache[index])
             caches.append(layer_cache)
-        y, _ = self.norm.after_adding(
-            x, added, step, multiplier=self.config.residual_multiplier, reader=None
-        )
-        assert not isinstance(y, QActivation)
-        return y, None if cache is None else tuple(caches)
+        hidden, _ = self.norm.settle(stream, step, Reads())
+        assert isinstance(hidden, jax.Array)
+        return hidden, None if cache is None else tuple(caches)
 
 
-class CausalLM(nnx.Module):
+class CausalLM(Module):
     """A decoder and its output head. Any `jax.jit` function takes it as an argument: it is a plain
     pytree.
 
@@ -159,15 +99,15 @@ class CausalLM(nnx.Module):
         implementation: what runs the operations, see `ops`.
     """
 
-    def __init__(self, config: DecoderConfig, *, implementation: ops.Implementation = "auto"):
+    def __init__(self, config: DecoderConfig, *, implementation: Implementation = "auto"):
         self.config = config
-        self.implementation: ops.Implementation = implementation
+        self.implementation: Implementation = implementation
         self.model = Decoder(config)
+        head = (("lm_head", config.vocab_size),)
         self.lm_head = nnx.data(
-            None
-            if config.tied
-            else Linear((("lm_head", config.vocab_size),), config.hidden_size, dtype=config.dtype)
+            None if config.tied else Linear(head, config.hidden_size, dtype=config.dtype)
         )
+        name_modules(self)
 
     def __call__(self, token_ids: jax.Array) -> jax.Array:
         """Logits of every position, causal, without a cache.
@@ -235,8 +175,8 @@ class CausalLM(nnx.Module):
             cos=cos,
             sin=sin,
             valid=valid,
-            attends="fresh" if start is None else "cache",
-            implementation=self.implementation,
+            continues=start is not None,
+            choice=choose(self.implementation),
         )
         return self.model(token_ids, step, cache)
 
@@ -246,12 +186,11 @@ class CausalLM(nnx.Module):
         return with_automatic_axes(self._logits, weight, hidden, weight)
 
     def _logits(self, hidden: jax.Array, weight: jax.Array) -> jax.Array:
-        logits = ops.product(hidden, weight)
-        return (
-            logits / jnp.float32(self.config.logits_divisor)
-            if self.config.logits_divisor != 1
-            else logits
-        )
+        with scope("lm_head"):
+            logits = product(hidden, weight)
+            if self.config.logits_divisor != 1:
+                logits = logits / jnp.float32(self.config.logits_divisor)
+            return logits
 
     def empty_cache(self, batch: int, length: int) -> KVCache:
         """A cache for `batch` rows of up to `length` tokens."""

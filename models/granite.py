@@ -1,12 +1,14 @@
 """Granite 3, dense: Llama with four multipliers.
 
-x = embed(tokens) · embedding_multiplier             scores · attention_multiplier, in place of head_dim^(−1/2)
-x += residual_multiplier · branch(norm(x))           logits / logits_scaling
+x = embed(tokens) · embedding_multiplier
+x += residual_multiplier · branch(norm(x))
+scores · attention_multiplier                        in place of head_dim^(−1/2)
+logits / logits_scaling
 """
 
 from typing import Any
 
-from fp8jax.models.decoder import DecoderConfig
+from fp8jax.models.config import DecoderConfig
 from fp8jax.models.hf_config import Family, HFConfig
 from fp8jax.models.shape import read_shape
 
@@ -43,13 +45,13 @@ def decoder_config(config: HFConfig, *, dtype: str) -> DecoderConfig:
     Source: transformers 5, models/granite.
     """
     return read_shape(
-        config, dtype=dtype, mlp_bias=config.yes_or_no("mlp_bias"), **granite_fields(config)
+        config, dtype=dtype, mlp_bias=config.flag("mlp_bias"), **granite_fields(config)
     )
 
 
 def granite_fields(config: HFConfig) -> dict[str, Any]:
     """What dense Granite and GraniteMoE share: attention biases and the multipliers."""
-    bias, divisor = config.yes_or_no("attention_bias"), config.number("logits_scaling")
+    bias, divisor = config.flag("attention_bias"), config.number("logits_scaling")
     if divisor == 0:
         raise config.fault("logits_scaling", "expected the number that logits are divided by")
     multipliers = {

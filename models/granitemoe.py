@@ -4,11 +4,10 @@ The router takes the softmax over the chosen logits only, so the weights add up 
 themselves.
 """
 
-from fp8jax.models.decoder import DecoderConfig
-from fp8jax.models.expert_names import HARMLESS, NEUTRAL, read_moe
+from fp8jax.models.config import DecoderConfig, ExpertNames
 from fp8jax.models.granite import DEFAULTS, granite_fields
 from fp8jax.models.hf_config import Family, HFConfig
-from fp8jax.models.moe import ExpertNames
+from fp8jax.models.names import HARMLESS, NEUTRAL, read_moe
 from fp8jax.models.shape import read_shape
 
 FAMILY = Family(
@@ -53,7 +52,7 @@ def decoder_config(config: HFConfig, *, dtype: str) -> DecoderConfig:
         config,
         intermediate_size=config.size("intermediate_size"),
         softmax_over="chosen",
-        renormalise="no",
+        renormalise=False,
         weight_dtype="activation",
         names=NAMES,
     )

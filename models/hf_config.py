@@ -4,7 +4,7 @@ A field that nobody reads is how a model comes out as gibberish. A family takes 
 with, each field once, with the default of its transformers class where the file is silent;
 `reject_unread` then judges what is left:
 
-    null                         nothing was said, but for the fields of `Neutral` whose null says something
+    null                         nothing was said, but for fields of `Neutral` whose null speaks
     a field of `harmless`        passes, whatever its value; the table says why
     a field of `neutral`         passes at the values listed, and is refused by name at all others
     anything else                an error, words, zeros and false switches included
@@ -19,7 +19,7 @@ Source of what each field does: the config and modeling code of transformers 5.2
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -125,10 +125,6 @@ class Fields:
         """A field that is true or false; false where neither the file nor the family says
         anything."""
         return bool(self.take(key, kind=bool))
-
-    def yes_or_no(self, key: str) -> Literal["yes", "no"]:
-        """A field that is true or false, as `DecoderConfig` takes it."""
-        return "yes" if self.flag(key) else "no"
 
     def check_token_ids(self, *keys: str) -> None:
         """Raise ValueError for fields that are neither null nor a token id nor a list of those."""

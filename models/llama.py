@@ -1,6 +1,6 @@
 """The Llama family: Llama 2, 3.x, SmolLM2 and everything else that says `LlamaForCausalLM`."""
 
-from fp8jax.models.decoder import DecoderConfig
+from fp8jax.models.config import DecoderConfig
 from fp8jax.models.hf_config import Family, HFConfig
 from fp8jax.models.shape import read_shape
 
@@ -33,7 +33,7 @@ def decoder_config(config: HFConfig, *, dtype: str) -> DecoderConfig:
             implemented.
     Source: transformers 5, models/llama.
     """
-    bias = config.yes_or_no("attention_bias")
+    bias = config.flag("attention_bias")
     return read_shape(
-        config, dtype=dtype, qkv_bias=bias, o_bias=bias, mlp_bias=config.yes_or_no("mlp_bias")
+        config, dtype=dtype, qkv_bias=bias, o_bias=bias, mlp_bias=config.flag("mlp_bias")
     )

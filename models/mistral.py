@@ -1,7 +1,7 @@
 """Mistral: Llama with grouped queries by default and, in the first version, a sliding window on all
 layers."""
 
-from fp8jax.models.decoder import DecoderConfig
+from fp8jax.models.config import DecoderConfig
 from fp8jax.models.hf_config import Family, HFConfig
 from fp8jax.models.shape import read_shape, read_window, windows_of_all
 
@@ -20,7 +20,8 @@ FAMILY = Family(
         "rms_norm_eps": 1e-6,
         "rope_theta": 10000.0,
         "tie_word_embeddings": False,
-        "sliding_window": 4096,  # that of 7B-v0.1, where the field is absent; later files say null, which means none
+        # That of 7B-v0.1, where the field is absent; later files say null, which means none.
+        "sliding_window": 4096,
     },
 )
 

@@ -4,10 +4,9 @@ The router takes the softmax over all experts and always divides the chosen prob
 sum.
 """
 
-from fp8jax.models.decoder import DecoderConfig
-from fp8jax.models.expert_names import HARMLESS, NEUTRAL, STACKED, read_moe
+from fp8jax.models.config import DecoderConfig, ExpertNames
 from fp8jax.models.hf_config import Family, HFConfig
-from fp8jax.models.moe import ExpertNames
+from fp8jax.models.names import HARMLESS, NEUTRAL, STACKED, read_moe
 from fp8jax.models.shape import read_shape, read_window, windows_of_all
 
 FAMILY = Family(
@@ -57,7 +56,7 @@ def decoder_config(config: HFConfig, *, dtype: str) -> DecoderConfig:
         config,
         intermediate_size=config.size("intermediate_size"),
         softmax_over="all",
-        renormalise="yes",
+        renormalise=True,
         weight_dtype="float32",
         names=NAMES,
     )

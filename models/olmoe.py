@@ -5,9 +5,9 @@ The router takes the softmax over all experts; the chosen probabilities stay as 
 `norm_topk_prob` is set.
 """
 
-from fp8jax.models.decoder import DecoderConfig
-from fp8jax.models.expert_names import HARMLESS, NEUTRAL, PER_EXPERT, STACKED, read_moe
+from fp8jax.models.config import DecoderConfig
 from fp8jax.models.hf_config import Family, HFConfig
+from fp8jax.models.names import HARMLESS, NEUTRAL, PER_EXPERT, STACKED, read_moe
 from fp8jax.models.shape import read_shape
 
 FAMILY = Family(
@@ -46,11 +46,11 @@ def decoder_config(config: HFConfig, *, dtype: str) -> DecoderConfig:
         config,
         intermediate_size=config.size("intermediate_size"),
         softmax_over="all",
-        renormalise=config.yes_or_no("norm_topk_prob"),
+        renormalise=config.flag("norm_topk_prob"),
         weight_dtype="activation",
         names=(PER_EXPERT, STACKED),
     )
-    bias, clip = config.yes_or_no("attention_bias"), config.number("clip_qkv")
+    bias, clip = config.flag("attention_bias"), config.number("clip_qkv")
     if clip is not None and clip < 0:
         raise config.fault(
             "clip_qkv", "expected the largest absolute value that q, k and v may have, or null"

@@ -6,7 +6,7 @@ files are without it, `sliding_window` and `max_window_layers` mean nothing.
 
 from typing import Any
 
-from fp8jax.models.decoder import DecoderConfig
+from fp8jax.models.config import DecoderConfig
 from fp8jax.models.hf_config import Family, HFConfig
 from fp8jax.models.shape import read_shape, read_window, windows_by_layer
 
@@ -38,7 +38,7 @@ def decoder_config(config: HFConfig, *, dtype: str) -> DecoderConfig:
             implemented.
     Source: transformers 5, models/qwen2.
     """
-    return read_shape(config, dtype=dtype, qkv_bias="yes", windows=qwen_windows(config))
+    return read_shape(config, dtype=dtype, qkv_bias=True, windows=qwen_windows(config))
 
 
 def qwen_windows(config: HFConfig) -> tuple[int | None, ...]:

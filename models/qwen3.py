@@ -1,8 +1,8 @@
 """Qwen3, dense: RMSNorm over each head of q and k before rope, and heads of 128 whatever the hidden
 size."""
 
+from fp8jax.models.config import DecoderConfig
 from fp8jax.models.config_fields import Neutral
-from fp8jax.models.decoder import DecoderConfig
 from fp8jax.models.hf_config import Family, HFConfig
 from fp8jax.models.qwen2 import DEFAULTS, qwen_windows
 from fp8jax.models.shape import read_shape
@@ -26,7 +26,7 @@ def decoder_config(config: HFConfig, *, dtype: str) -> DecoderConfig:
             implemented.
     Source: transformers 5, models/qwen3.
     """
-    bias = config.yes_or_no("attention_bias")
+    bias = config.flag("attention_bias")
     return read_shape(
         config,
         dtype=dtype,

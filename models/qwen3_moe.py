@@ -6,9 +6,9 @@ Layer i has experts unless it is among `mlp_only_layers` or i + 1 is no multiple
 probabilities by their sum if `norm_topk_prob` says so.
 """
 
-from fp8jax.models.decoder import DecoderConfig
-from fp8jax.models.expert_names import HARMLESS, NEUTRAL, PER_EXPERT, STACKED, read_moe
+from fp8jax.models.config import DecoderConfig
 from fp8jax.models.hf_config import Family, HFConfig, shown
+from fp8jax.models.names import HARMLESS, NEUTRAL, PER_EXPERT, STACKED, read_moe
 from fp8jax.models.qwen3 import NEUTRAL as NEUTRAL_IN_QWEN3
 from fp8jax.models.shape import num_layers, read_shape, read_window, windows_of_all
 
@@ -37,9 +37,7 @@ FAMILY = Family(
         "norm_topk_prob": False,
     },
     harmless=HARMLESS
-    | {
-        "max_window_layers": "is left over from the dense family; here a window is one of all layers"
-    },
+    | {"max_window_layers": "is left over from the dense family; a window is one of all layers"},
     neutral=NEUTRAL | NEUTRAL_IN_QWEN3,
 )
 
@@ -56,12 +54,12 @@ def decoder_config(config: HFConfig, *, dtype: str) -> DecoderConfig:
         config,
         intermediate_size=config.size("moe_intermediate_size"),
         softmax_over="all",
-        renormalise=config.yes_or_no("norm_topk_prob"),
+        renormalise=config.flag("norm_topk_prob"),
         weight_dtype="activation",
         names=(PER_EXPERT, STACKED),
         dense_layers=_dense_layers(config),
     )
-    bias = config.yes_or_no("attention_bias")
+    bias = config.flag("attention_bias")
     return read_shape(
         config,
         dtype=dtype,

@@ -1,10 +1,10 @@
 """The rope of a config.json: which of its two tables counts, what the fields of each rope type are,
 how long the context is.
 
-    rope_scaling         transformers 4, beside rope_theta at top level; where it is neither null nor empty, it counts
+    rope_scaling         transformers 4, beside rope_theta at top level; counts unless null or empty
     rope_parameters      transformers 5, with rope_theta inside; counts otherwise
 
-    theta = rope_theta of the table that counts, else the one at top level, else the family's default
+    theta = rope_theta of the table that counts, else that at top level, else the family's default
 
 A field of another rope type, or one that transformers does not read, changes nothing there and
 changes nothing here; what somebody may have meant by it is told. The families all turn whole heads:
@@ -13,7 +13,7 @@ then fails; with the default type it looks away.
 
 A stretched context is written in two ways. Files that were trained with yarn give the long context
 as max_position_embeddings; the model cards of Qwen2.5 and Qwen3 prescribe to add a yarn table and
-to leave max_position_embeddings as it is. factor Â· original_max_position_embeddings is the context
+to leave max_position_embeddings as it is. factor · original_max_position_embeddings is the context
 in both.
 
 Source: transformers 5.23, modeling_rope_utils; the model cards of Qwen2.5 and Qwen3; FastChat's
@@ -35,15 +35,19 @@ _FIELDS: dict[str, tuple[str, ...]] = {
     "dynamic": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "yarn": (
-        "factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale",
-        "mscale_all_dim", "truncate",
+        "factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow",
+        "mscale", "mscale_all_dim", "truncate",
     ),
 }  # fmt: skip
 _ANY_TYPE = ("rope_theta", "rope_type", "type", "partial_rotary_factor")
 # What tables carry that no rope type computes with: the reason.
 _HARMLESS = {
-    "finetuned": "Yarn-Llama-2 and Yarn-Mistral: tells the repository's own code to extrapolate no further",
-    "mrope_section": "shares the frequencies among text, height and width, which are one and the same in text",
+    "finetuned": (
+        "Yarn-Llama-2 and Yarn-Mistral: tells the repository's own code to extrapolate no further"
+    ),
+    "mrope_section": (
+        "shares the frequencies among text, height and width, which are one and the same in text"
+    ),
     "attn_factor": "is told about instead",
 }
 

@@ -1,12 +1,12 @@
-"""Rotary position embedding: the frequencies of every published rope type, and the rotation.
+"""Rotary position embedding: the frequencies of every published rope type, and their angles.
 
 Channel pair i of a head turns by the angle position · f_i with f_i = theta^(−2i/D), D the rotated
-width of a head. The halves of a head are the pairs ("rotate half"): out = [x₁·cos − x₂·sin, x₂·cos
-+ x₁·sin]. To reach longer contexts, models scale f:
+width of a head. The halves of a head are the pairs ("rotate half"); the rotation itself is in
+`pallas_kernels/rope_cache.py`. To reach longer contexts, models scale f:
 
     linear    f / factor
     llama3    long waves / factor, short ones as they are, a linear blend between
-    yarn      the same idea with the blend laid over channel numbers, and cos, sin times an attention factor m
+    yarn      the same with the blend laid over channel numbers; cos and sin times a factor m
     dynamic   nothing up to max_position_embeddings, beyond which fp8jax does not generate
 
 Source: the formulas of transformers 5, modeling_rope_utils.
@@ -128,23 +128,3 @@ def cos_sin(rope: Rope, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
     angles = positions[..., None].astype(jnp.float32) * rope.frequencies()[None, None]
     multiplier = jnp.float32(rope.multiplier())
     return jnp.cos(angles) * multiplier, jnp.sin(angles) * multiplier
-
-
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Turn the first channels of each head; computed in float32.
-
-    Args:
-        x: float `[b, t, h, d]`.
-        cos, sin: float32 `[b, t, rotary_dim / 2]`.
-    Returns:
-        `[b, t, h, d]` in the dtype of x.
-    """
-    half = cos.shape[-1]
-    cos, sin = cos[:, :, None, :], sin[:, :, None, :]
-    x1, x2 = x[..., :half].astype(jnp.float32), x[..., half : 2 * half].astype(jnp.float32)
-    turned = jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
-    return (
-        turned
-        if 2 * half == x.shape[-1]
-        else jnp.concatenate([turned, x[..., 2 * half :]], axis=-1)
-    )

@@ -7,7 +7,7 @@ rest, so that a field which a family has never heard of stays unread and becomes
 
 from typing import Any
 
-from fp8jax.models.decoder import DecoderConfig
+from fp8jax.models.config import DecoderConfig
 from fp8jax.models.hf_config import MOST_LAYERS, HFConfig, shown
 from fp8jax.models.rope_config import read_context, read_rope
 

@@ -1,6 +1,6 @@
 """FP8 product with 1×128 activation groups and 128×128 weight blocks.
 
-    out[m, n] = Σ_g ( Σ_{k in g} x[m, k] Â· w[n, k] ) Â· x_scale[m, g] Â· w_scale[n / 128, g] + bias[n]
+    out[m, n] = Σ_g ( Σ_{k in g} x[m, k] · w[n, k] ) · x_scale[m, g] · w_scale[n / 128, g] + bias[n]
 
 g counts groups of 128 along k; the last one may be shorter. Each group's partial sum is scaled and
 added in float32, which also keeps the short accumulator of Hopper's FP8 tensor cores from losing
@@ -8,7 +8,7 @@ bits over a long k. Source: DeepSeek-V3's recipe, as in vLLM's `w8a8_block_fp8_m
 added before the cast.
 
 In the kernel a step along k is a group: its product starts from zero, and one multiply-add an
-output applies x_scale Â· w_scale (held in range by a power of two, `matmul_tiles.group_scale`). The
+output applies x_scale · w_scale (held in range by a power of two, `matmul_tiles.group_scale`). The
 scales of the next step are loaded one step ahead, because only operands of a dot are fetched
 asynchronously. Where k is no multiple of 16, see `scaled_matmul`; padding codes with zeros to a
 multiple of 16 leaves the scales as they are.
@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from fp8jax.device import Gpu
 from fp8jax.pallas_kernels import matmul_config, matmul_tiles, widened_dot
 from fp8jax.pallas_kernels.formats import BLOCK
 from fp8jax.pallas_kernels.matmul_config import Config
@@ -129,19 +130,19 @@ def block_scaled_matmul_partials(
     return _run(x, x_scale, w, w_scale, bias, jnp.float32, x_scale_layout, config, interpret)
 
 
-def why_not(device_kind: str, m: int, n: int, k: int) -> str | None:
+def why_not(gpu: Gpu | None, m: int, n: int, k: int) -> str | None:
     """Why the kernel does not run there, or None.
 
     Args:
-        device_kind: of the JAX device.
+        gpu: as `device.current_gpu` finds it.
         m, n, k: rows, outputs, inputs.
     """
-    return matmul_config.why_not(device_kind, m, n, k)
+    return matmul_config.why_not(gpu, m, n, k)
 
 
-def default_config(device_kind: str, m: int, n: int, k: int) -> Config:
-    """Tiles for the device and shape; the reasons are in `matmul_config`."""
-    return matmul_config.default_block_scaled_config(device_kind, m, n, k)
+def default_config(gpu: Gpu, m: int, n: int, k: int) -> Config:
+    """Tiles for the GPU and shape; the reasons are in `matmul_config`."""
+    return matmul_config.default_block_scaled_config(gpu, m, n, k)
 
 
 def _run(

@@ -1,6 +1,7 @@
 """Attention of one new token a row over a cache of keys and values.
 
-    out[b, j] = Σ_s softmax_s(scale · q[b, j] · k[b, g, s]) · v[b, g, s]        g = j // (h / kv_heads),  s < lengths[b]
+    out[b, j] = Σ_s softmax_s(scale · q[b, j] · k[b, g, s]) · v[b, g, s]
+                                                        g = j // (h / kv_heads),  s < lengths[b]
 
     q [b, h, d]      k, v [b, kv_heads, s, d]      lengths [b]      out [b, h, d]
 
@@ -29,12 +30,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from fp8jax.device import Gpu, required_gpu
 from fp8jax.pallas_kernels import quantize
 from fp8jax.pallas_kernels.formats import ActivationGranularity
 from fp8jax.pallas_kernels.quantize import ScaleLayout, power_of_two
 
 CACHE_DTYPES = ("bfloat16", "float16", "float32")
 MAX_SPLITS = 32
+# Queries of long prompts are taken so many at a time that their float32 scores stay below this,
+# whatever the batch.
+_SCORE_BYTES = 2**27
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,26 +90,100 @@ def decode_attention_reference(
     Returns:
         `[b, h, d]` in q's dtype.
     """
-    b, h, d = q.shape
-    kv_heads, s = k.shape[1:3]
-    keys = jnp.arange(s, dtype=jnp.int32)
-    visible = keys < lengths[:, None]
-    if window is not None:
-        visible &= keys >= lengths[:, None] - window
-    visible = visible[:, None, None, :]
-    wide = q.astype(jnp.float32).reshape(b, kv_heads, h // kv_heads, d)
-    scores = jnp.einsum(
-        "bkgd,bksd->bkgs", wide, k.astype(jnp.float32), precision=lax.Precision.HIGHEST
+    out = attention(q[:, :, None], k, v, positions=lengths[:, None] - 1, scale=scale, window=window)
+    return out[:, :, 0]
+
+
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    positions: jax.Array,
+    scale: float,
+    window: int | None,
+    valid: jax.Array | None = None,
+) -> jax.Array:
+    """Causal attention; softmax in float32.
+
+    Args:
+        q: `[b, h, t, d]`, query i of a row at that row's `positions[:, i]`.
+        k, v: `[b, kv_heads, s, d]`, key j at position j.
+        positions: int32 `[b, t]`.
+        scale: multiplies the scores.
+        window: how many keys a query sees, itself included; None for all before it.
+        valid: bool `[b, t]`, which queries are not padding, None for all; values that only padding
+            sees do not count, not even as NaN.
+    Returns:
+        `[b, h, t, d]` in the dtype of q.
+    """
+    b, h, t, d = q.shape
+    s = k.shape[2]
+    v = jnp.where(_seen(positions, valid, s, window)[:, None, :, None], v, jnp.zeros((), v.dtype))
+    chunk = _query_chunk(b * h * s, t)
+    if chunk == t:
+        return _attention_of(q, k, v, positions=positions, scale=scale, window=window)
+    chunks = -(-t // chunk)
+    missing = chunks * chunk - t
+    queries = jnp.pad(q, ((0, 0), (0, 0), (0, missing), (0, 0))).reshape(b, h, chunks, chunk, d)
+    places = jnp.pad(positions, ((0, 0), (0, missing)), mode="edge").reshape(b, chunks, chunk)
+    out = lax.map(
+        lambda part: _attention_of(part[0], k, v, positions=part[1], scale=scale, window=window),
+        (jnp.moveaxis(queries, 2, 0), jnp.moveaxis(places, 1, 0)),
     )
-    scores = jnp.where(visible, scores * jnp.float32(scale), -jnp.inf)
-    highest = jnp.max(scores, axis=-1, keepdims=True, initial=jnp.finfo(jnp.float32).min)
-    weights = jnp.exp(scores - highest)
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    weights = weights / jnp.where(total == 0, jnp.float32(1), total)
-    # Unused keys have weight 0, but 0 · NaN is NaN.
-    seen = jnp.where(visible[:, :, 0, :, None], v.astype(jnp.float32), jnp.float32(0))
-    out = jnp.einsum("bkgs,bksd->bkgd", weights, seen, precision=lax.Precision.HIGHEST)
-    return out.reshape(b, h, d).astype(q.dtype)
+    return jnp.moveaxis(out, 0, 2).reshape(b, h, chunks * chunk, d)[:, :, :t]
+
+
+def _seen(positions: jax.Array, valid: jax.Array | None, s: int, window: int | None) -> jax.Array:
+    """bool `[b, s]`: the keys that any valid query of the row sees.
+
+    A key that none sees has weight 0, but 0 · NaN is NaN: what padding, or an earlier user of the
+    cache, left in v must not be multiplied at all.
+    """
+    keys = jnp.arange(s)[None]
+    last = positions if valid is None else jnp.where(valid, positions, -1)
+    seen = keys <= last.max(axis=1)[:, None]
+    if window is not None:
+        first = positions if valid is None else jnp.where(valid, positions, s)
+        seen &= keys > first.min(axis=1)[:, None] - window
+    return seen
+
+
+def _query_chunk(scores_a_query: int, t: int) -> int:
+    """How many of t queries run at once: all, or a power of two."""
+    most = max(_SCORE_BYTES // (4 * scores_a_query), 1)
+    return t if t <= most else 2 ** (most.bit_length() - 1)
+
+
+def _attention_of(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    positions: jax.Array,
+    scale: float,
+    window: int | None,
+) -> jax.Array:
+    """`attention` of queries whose scores exist all at once."""
+    b, h, t, d = q.shape
+    kv_heads, s = k.shape[1:3]
+    precision = lax.Precision.HIGHEST if q.dtype == jnp.float32 else lax.Precision.DEFAULT
+    grouped = q.reshape(b, kv_heads, h // kv_heads, t, d)
+    scores = jnp.einsum(
+        "bkgtd,bksd->bkgts", grouped, k, precision=precision, preferred_element_type=jnp.float32
+    )
+    key_positions = jnp.arange(s)[None, None, :]
+    visible = key_positions <= positions[:, :, None]
+    if window is not None:
+        visible &= key_positions > positions[:, :, None] - window
+    scores = jnp.where(
+        visible[:, None, None], scores * jnp.float32(scale), jnp.finfo(jnp.float32).min
+    )
+    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+    out = jnp.einsum(
+        "bkgts,bksd->bkgtd", weights, v, precision=precision, preferred_element_type=jnp.float32
+    )
+    return out.reshape(b, h, t, d).astype(q.dtype)
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "window", "config", "interpret"))
@@ -131,7 +210,7 @@ def decode_attention_triton(
         NotImplementedError: `why_not` says why.
         ValueError: shapes, dtypes or config that do not belong together.
     """
-    config = _checked(q, k, v, lengths, window, config)
+    config = _checked(q, k, v, lengths, window, config, interpret)
     parts, lse = _attend(
         q, k, v, lengths, scale=scale, window=window, config=config, interpret=interpret
     )
@@ -176,7 +255,7 @@ def decode_attention_quantize_triton(
         ValueError: shapes, dtypes or config that do not belong together.
     """
     b, h, d = q.shape
-    config = _checked(q, k, v, lengths, window, config)
+    config = _checked(q, k, v, lengths, window, config, interpret)
     if reason := quantize.why_not(b, h * d, q.dtype, granularity):
         raise NotImplementedError(f"decode_attention_quantize: {reason}")
     parts, lse = _attend(
@@ -211,20 +290,22 @@ def why_not(h: int, d: int, kv_heads: int, dtype: jax.typing.DTypeLike) -> str |
     return None
 
 
-def default_config(b: int, kv_heads: int, s: int, d: int, dtype: jax.typing.DTypeLike) -> Config:
-    """16 KiB of keys a step, about one program for each of some 132 multiprocessors, at least 128
-    keys of capacity a split.
+def default_config(
+    gpu: Gpu, b: int, kv_heads: int, s: int, d: int, dtype: jax.typing.DTypeLike
+) -> Config:
+    """16 KiB of keys a step, about one program for each multiprocessor, at least 128 keys of
+    capacity a split.
 
     More splits than that make the second kernel read more; a program keeps 64 KiB in flight, enough
     for its share of the bandwidth.
     """
-    wanted, affordable = max(1, 132 // (b * kv_heads)), max(1, s // 128)
+    wanted, affordable = max(1, gpu.programs_to_fill // (b * kv_heads)), max(1, s // 128)
     splits = min(1 << (min(wanted, affordable).bit_length() - 1), MAX_SPLITS)
     block_s = max(16, min(64, 16384 // (power_of_two(d) * jnp.dtype(dtype).itemsize)))
     return Config(block_s=block_s, splits=splits, num_warps=4, num_stages=3)
 
 
-def _checked(q, k, v, lengths, window, config: Config | None) -> Config:
+def _checked(q, k, v, lengths, window, config: Config | None, interpret: bool) -> Config:
     b, h, d = q.shape
     if (
         k.ndim != 4
@@ -246,7 +327,9 @@ def _checked(q, k, v, lengths, window, config: Config | None) -> Config:
         )
     if reason := why_not(h, d, k.shape[1], q.dtype):
         raise NotImplementedError(f"decode_attention: {reason}")
-    config = config or default_config(b, k.shape[1], k.shape[2], d, q.dtype)
+    if config is None:
+        gpu = required_gpu("decode_attention", interpret=interpret)
+        config = default_config(gpu, b, k.shape[1], k.shape[2], d, q.dtype)
     config.check()
     return config
 

@@ -1,12 +1,15 @@
-"""From router logits to the work of the grouped kernels, in one kernel: for small batches, where
-XLA takes some twenty small ones.
+"""From router logits to the slots of the grouped kernels.
 
-    logits [t, e]  ->  top_k experts and weights of each token
-                   ->  slots: the t · k pairs (token, choice) sorted by expert, padding tokens last
-                   ->  the list of tiles (`grouped_matmul_kernel.work_list`)
+    logits [t, e]  ->  experts and weights [t, k], the k best of each token          `route`
+                   ->  slots: the t · k pairs (token, choice), sorted by expert,     `sort_by_expert`
+                       padding tokens last
+                   ->  the list of tiles                                `grouped_matmul.work_list`
 
-Nothing is sorted. A token goes to an expert at most once, so with M[token, expert] = 1 where it
-does, the pair's place is
+`route_experts_reference` is these three, each some operations of XLA. `route_experts_triton` is one
+kernel for small batches, where XLA launches some twenty small ones.
+
+In the kernel nothing is sorted. A token goes to an expert at most once, so with M[token, expert] =
+1 where it does, the pair's place is
 
     Σ sizes of the experts before  +  Σ M[tokens before, expert]
 
@@ -14,27 +17,27 @@ two running sums over a tile `[t, e]` that one program holds. The k best of a ro
 after the other: the maximum, of equals the lowest index, is taken out. Compared are the bits as
 integers in the order of the floats, so that NaN logits are an order like any other and no index
 leaves its range.
-
-The specification is `route` and `sort_by_expert` in `models/moe.py`, followed by `work_list`.
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fp8jax.pallas_kernels.grouped_matmul import tiles_needed
-from fp8jax.pallas_kernels.quantize import ACTIVATION_DTYPES, power_of_two
+from fp8jax.pallas_kernels.grouped_matmul import Slots, tiles_needed, work_list
+from fp8jax.pallas_kernels.quantize import ACTIVATION_DTYPES, power_of_two, rounded
 
-MAX_TILE = 8192  # values of [t, e] rounded up to powers of two; some five such tiles are in registers at once
-MAX_TOP_K = 12  # the choices are unrolled; with 16 of them the largest tile spills registers
+# Values of [t, e] rounded up to powers of two; some five such tiles are in registers at once.
+MAX_TILE = 8192
+# The choices are unrolled; with 16 of them the largest tile spills registers.
+MAX_TOP_K = 12
 _LOWEST = -(2**31)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Rule:
     """How logits become experts and weights; hashable, so that it can be static.
 
@@ -47,8 +50,81 @@ class Rule:
 
     top_k: int
     softmax_over: Literal["all", "chosen"]
-    renormalise: Literal["yes", "no"]
+    renormalise: bool
     weight_dtype: str
+
+
+def route(logits: jax.Array, rule: Rule) -> tuple[jax.Array, jax.Array]:
+    """Choose experts and weigh them.
+
+    Args:
+        logits: float `[t, e]`.
+        rule: the family's way.
+    Returns:
+        experts int32 `[t, k]`, the strongest first, of equals the lower index; weights float32
+        `[t, k]`.
+    """
+    wide = rounded(logits.astype(jnp.float32), logits.dtype)
+    if rule.softmax_over == "chosen":
+        strongest, experts = lax.top_k(wide, rule.top_k)
+        weights = jax.nn.softmax(strongest, axis=-1)
+    else:
+        weights, experts = lax.top_k(jax.nn.softmax(wide, axis=-1), rule.top_k)
+    if rule.renormalise:
+        weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+    return experts, rounded(weights, rule.weight_dtype)
+
+
+def sort_by_expert(
+    experts: jax.Array, weights: jax.Array, num_experts: int, valid: jax.Array | None = None
+) -> Slots:
+    """Sort the pairs (token, choice) by expert, stably; those of padding come last and belong to no
+    one.
+
+    Args:
+        experts: int32 `[t, k]`, different ones in a row.
+        weights: float32 `[t, k]`.
+        num_experts: e.
+        valid: bool `[t]`, which tokens are not padding; None for all.
+    Returns:
+        slots that read the row of their token and become row choice · t + token.
+    """
+    t, k = experts.shape
+    if valid is not None:
+        experts = jnp.where(valid[:, None], experts, jnp.int32(num_experts))
+    key = experts.reshape(-1)
+    pair = jnp.argsort(key, stable=True).astype(jnp.int32)
+    sizes = jnp.zeros(num_experts, jnp.int32).at[key].add(1, mode="drop")
+    return Slots(
+        sizes=sizes,
+        row=pair // k,
+        out_row=pair % k * t + pair // k,
+        weight=weights.reshape(-1)[pair],
+    )
+
+
+def route_experts_reference(
+    logits: jax.Array,
+    rule: Rule,
+    block_m: int | None = None,
+    *,
+    valid: jax.Array | None = None,
+) -> Slots:
+    """The specification.
+
+    Args:
+        logits: float `[t, e]`.
+        rule: the family's way.
+        block_m: slots of a tile of the list for the kernels; None for no list.
+        valid: bool `[t]`, which tokens are not padding; None for all.
+    Returns:
+        the slots of all pairs (token, choice), as `sort_by_expert` makes them.
+    """
+    t, e = logits.shape
+    slots = sort_by_expert(*route(logits, rule), e, valid)
+    if block_m is None:
+        return slots
+    return replace(slots, work=work_list(slots.sizes, t * rule.top_k, block_m), block_m=block_m)
 
 
 @functools.partial(jax.jit, static_argnames=("rule", "block_m", "interpret"))
@@ -59,8 +135,8 @@ def route_experts_triton(
     *,
     valid: jax.Array | None = None,
     interpret: bool = False,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Slots and tiles for the grouped kernels.
+) -> Slots:
+    """What `route_experts_reference` computes, in one kernel.
 
     Args:
         logits: bfloat16, float16 or float32 `[t, e]`.
@@ -69,9 +145,7 @@ def route_experts_triton(
         valid: bool `[t]`, which tokens are not padding; None for all.
         interpret: run on the CPU, to check the mathematics.
     Returns:
-        row int32 `[t · k]`, the token of a slot; out_row int32 `[t · k]`, choice · t + token;
-        weight float32 `[t · k]`; sizes int32 `[e]`; work int32 `[4, tiles]` as `work_list` makes
-        it.
+        slots with their list of tiles.
     Raises:
         NotImplementedError: `why_not` says why.
     """
@@ -84,9 +158,9 @@ def route_experts_triton(
         raise NotImplementedError(f"route_experts: {reason}")
     block_t, block_e, tiles = power_of_two(t), power_of_two(e), tiles_needed(slots, e, block_m)
 
-    def kernel(
-        *refs,  # logits [t, e]; valid [t] int32 if given; row, out_row, weight [t·k]; sizes [e]; work [4, tiles]
-    ):
+    # In: logits [t, e] and, if given, valid [t] int32.
+    # Out: row, out_row, weight [t · k], sizes [e], work [4, tiles].
+    def kernel(*refs):
         logits_ref, *optional, row_ref, out_row_ref, weight_ref, sizes_ref, work_ref = refs
         tokens, experts = jnp.arange(block_t, dtype=jnp.int32), jnp.arange(block_e, dtype=jnp.int32)
         is_token, is_expert = tokens < t, experts < e
@@ -153,7 +227,7 @@ def route_experts_triton(
         write(index, (index >= count) & (index < tiles), fields)
 
     i32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
-    return pl.pallas_call(
+    row, out_row, weight, sizes, work = pl.pallas_call(
         kernel,
         out_shape=(
             i32((slots,)),
@@ -169,6 +243,7 @@ def route_experts_triton(
         interpret=interpret,
         name="route_experts",
     )(logits, *(() if valid is None else (valid.astype(jnp.int32),)))
+    return Slots(sizes=sizes, row=row, out_row=out_row, weight=weight, work=work, block_m=block_m)
 
 
 def why_not(t: int, e: int, top_k: int, dtype: jax.typing.DTypeLike) -> str | None:
@@ -178,7 +253,10 @@ def why_not(t: int, e: int, top_k: int, dtype: jax.typing.DTypeLike) -> str | No
             f"logits are {jnp.dtype(dtype).name}, the kernel takes {', '.join(ACTIVATION_DTYPES)}"
         )
     if t == 0 or power_of_two(t) * power_of_two(e) > MAX_TILE:
-        return f"{t} tokens × {e} experts: one program holds all logits, at least one token and at most {MAX_TILE} values"
+        return (
+            f"{t} tokens × {e} experts: one program holds all logits, at least one token and at "
+            f"most {MAX_TILE} values"
+        )
     if top_k > MAX_TOP_K:
         return f"top_k = {top_k}: the choices are unrolled, at most {MAX_TOP_K}"
     return None
@@ -210,11 +288,11 @@ def _best(score: jax.Array, inside: jax.Array, k: int) -> tuple[list[jax.Array],
 
 
 def _finished(weights: list[jax.Array], rule: Rule) -> list[jax.Array]:
-    """Softmax over the chosen, division by their sum, and rounding, where the rule says so; each
-    `[t]`, the greatest first."""
+    """The chosen scores `[t]`, the greatest first, as weights: softmax over the chosen or division
+    by their sum, where the rule says so, and rounding."""
     if rule.softmax_over == "chosen":
         weights = [jnp.exp(weight - weights[0]) for weight in weights]
-    if rule.softmax_over == "chosen" or rule.renormalise == "yes":
+    if rule.softmax_over == "chosen" or rule.renormalise:
         total = functools.reduce(jnp.add, weights)
         weights = [weight / total for weight in weights]
     return [weight.astype(rule.weight_dtype).astype(jnp.float32) for weight in weights]

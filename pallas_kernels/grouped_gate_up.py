@@ -1,16 +1,18 @@
 """gate_up of experts, silu·mul and quantization for down in one kernel: for long batches, with
 1×128 activation scales.
 
-    gate, up = round( x[rows[slot]] @ w[expert of slot].T )        y = round( silu(gate) Â· up )        codes, scale = quantize(y)
+    gate, up = round( x[row[slot]] @ w[expert of slot].T )
+    y = round( silu(gate) · up )
+    codes, scale = quantize(y)
 
 A program computes 128 gate columns and the 128 up columns that belong to them, for the same slots:
-a whole group of scales, and all that silu·mul needs. Between the two products r Â· 2i floats are
+a whole group of scales, and all that silu·mul needs. Between the two products r · 2i floats are
 then neither written nor read, and a tile of x is loaded once for both halves. Roundings are those
 of the three single kernels, so results are the same but for the order in which tensor cores add.
 
 With few slots an expert it does not pay: it would halve the number of programs, which are few, and
 read no weight less. Nor can it be had with one scale a token, whose maximum lies across all
-programs. Tiles, work list and slots as in `grouped_matmul_kernel.py`. No GPU has timed it.
+programs. Slots and tiles are those of `grouped_matmul.py`. No GPU has timed it.
 """
 
 import functools
@@ -19,18 +21,20 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fp8jax.pallas_kernels import grouped_matmul, matmul_config, matmul_tiles, quantize
+from fp8jax.device import Gpu, required_gpu
+from fp8jax.pallas_kernels import grouped_matmul, matmul_tiles, quantize
 from fp8jax.pallas_kernels.formats import BLOCK, unaddressable
+from fp8jax.pallas_kernels.grouped_matmul import Slots, check_operands
 from fp8jax.pallas_kernels.grouped_matmul_kernel import (
     GroupedProblem,
-    checked_work,
     load_weight,
     tile_of_program,
+    work_of,
 )
 from fp8jax.pallas_kernels.matmul_config import Config
 from fp8jax.pallas_kernels.primitives import fp8_dot
 from fp8jax.pallas_kernels.quantize import ScaleLayout
-from fp8jax.pallas_kernels.silu_mul_quantize import silu_mul
+from fp8jax.pallas_kernels.silu_mul_quantize import gated
 
 _OP = "grouped_gate_up"
 
@@ -41,12 +45,10 @@ def grouped_gate_up_triton(
     x_scale: jax.Array,
     w: jax.Array,
     w_scale: jax.Array,
-    sizes: jax.Array,
-    rows: jax.Array,
+    slots: Slots,
     *,
     dtype: jax.typing.DTypeLike = jnp.bfloat16,
     x_scale_layout: ScaleLayout = "mg",
-    work: jax.Array | None = None,
     config: Config | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
@@ -57,10 +59,8 @@ def grouped_gate_up_triton(
         x_scale: float32 `[m, ⌈k/128⌉]`, or `[⌈k/128⌉, m]` if x_scale_layout says "gm".
         w: float8_e4m3fn `[e, 2i, k]`, gate rows first; i is a multiple of 128.
         w_scale: float32 `[e, 2i/128, ⌈k/128⌉]`.
-        sizes: int32 `[e]`, slots of each expert.
-        rows: int32 `[r]`, the row of x that a slot reads.
+        slots: which rows meet which expert; results stay in slot order, without weights.
         dtype: of activations: what gate, up and y are rounded to.
-        work: `work_list` for these sizes and the config's block_m, from who has it already.
         config: tiles; `default_config` if None.
         interpret: run on the CPU, to check the mathematics.
     Returns:
@@ -73,38 +73,27 @@ def grouped_gate_up_triton(
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton as plgpu
 
-    (m, k), (num_experts, n, _), slots, i = x.shape, w.shape, rows.shape[0], w.shape[1] // 2
-    device_kind = (
-        "NVIDIA H100" if interpret else matmul_tiles.current_device_kind() or "this device"
-    )
-    if reason := why_not(device_kind, m, slots, num_experts, n, k):
+    (m, k), (num_experts, n, _) = x.shape, w.shape
+    count, i = slots.count(m), n // 2
+    gpu = required_gpu(_OP, interpret=interpret)
+    if reason := why_not(gpu, m, count, num_experts, n, k):
         raise NotImplementedError(f"{_OP}: {reason}")
-    groups = -(-k // BLOCK)
-    x_scale_shape = (m, groups) if x_scale_layout == "mg" else (groups, m)
-    if x_scale.shape != x_scale_shape or w_scale.shape != (num_experts, n // BLOCK, groups):
-        raise ValueError(
-            f"{_OP}: x_scale is {x_scale.shape} and w_scale is {w_scale.shape}; wanted "
-            f"{x_scale_shape} and {(num_experts, n // BLOCK, groups)} for x {x.shape}, w {w.shape} "
-            f"and layout {x_scale_layout!r}"
-        )
+    check_operands(_OP, x, x_scale, w, w_scale, slots, "block", 2, x_scale_layout)
     config = config or default_config()
     config.check()
-    if (config.block_n, config.block_k, config.promotion, config.swap_operands) != (
-        BLOCK,
-        BLOCK,
-        "none",
-        False,
-    ):
+    fixed = config.block_n, config.block_k, config.promotion, config.swap_operands
+    if fixed != (BLOCK, BLOCK, "none", False):
         raise ValueError(
             f"{_OP}: block_n and block_k must be {BLOCK}, operands not swapped, no promotion; got "
             f"{config}"
         )
-    problem = GroupedProblem(slots, num_experts, i, k, 1, config)
-    last_group = groups - 1
+    problem = GroupedProblem(count, num_experts, i, k, 1, config)
+    row = jnp.arange(m, dtype=jnp.int32) if slots.row is None else slots.row.astype(jnp.int32)
+    last_group = -(-k // BLOCK) - 1
 
     def kernel(
         work_ref,  # [4, slot_tiles] int32
-        rows_ref,  # [r] int32
+        row_ref,  # [r] int32
         x_ref,  # [m, k] float8_e4m3fn
         x_scale_ref,  # [m, groups] or [groups, m] float32
         w_ref,  # [e, 2i, k] float8_e4m3fn
@@ -112,7 +101,7 @@ def grouped_gate_up_triton(
         codes_ref,  # [r, i] float8_e4m3fn
         scale_ref,  # [i/128, r] float32
     ):
-        tile = tile_of_program(problem, {"work": work_ref, "rows": rows_ref})
+        tile = tile_of_program(problem, {"work": work_ref, "row": row_ref})
         group = tile.block_row
 
         def scales(step):
@@ -143,7 +132,7 @@ def grouped_gate_up_triton(
         gate, up = (
             matmul_tiles.of_groups(half).astype(dtype).astype(jnp.float32) for half in (gate, up)
         )
-        y = silu_mul(gate, up).astype(dtype).astype(jnp.float32)
+        y = gated(gate, up).astype(dtype).astype(jnp.float32)
         # Slots that are not this tile's hold products of row 0 that nobody stores.
         scale = quantize.scale_of(jnp.max(jnp.abs(y), axis=1))
         inside = tile.slots < tile.slot_end
@@ -158,8 +147,8 @@ def grouped_gate_up_triton(
     return pl.pallas_call(
         kernel,
         out_shape=(
-            jax.ShapeDtypeStruct((slots, i), jnp.float8_e4m3fn),
-            jax.ShapeDtypeStruct((i // BLOCK, slots), jnp.float32),
+            jax.ShapeDtypeStruct((count, i), jnp.float8_e4m3fn),
+            jax.ShapeDtypeStruct((i // BLOCK, count), jnp.float32),
         ),
         grid=(problem.programs,),
         compiler_params=plgpu.CompilerParams(
@@ -167,20 +156,26 @@ def grouped_gate_up_triton(
         ),
         interpret=interpret,
         name=_OP,
-    )(checked_work(_OP, problem, sizes, work), rows.astype(jnp.int32), x, x_scale, w, w_scale)
+    )(work_of(_OP, problem, slots), row, x, x_scale, w, w_scale)
 
 
-def why_not(device_kind: str, m: int, slots: int, num_experts: int, n: int, k: int) -> str | None:
+def why_not(gpu: Gpu | None, m: int, slots: int, num_experts: int, n: int, k: int) -> str | None:
     """Why the kernel does not run there, or None; arguments as of `grouped_matmul.why_not`, and
     the number of slots."""
-    if reason := grouped_matmul.why_not(device_kind, m, num_experts, n, k):
+    if reason := grouped_matmul.why_not(gpu, m, num_experts, n, k):
         return reason
-    if matmul_config.architecture(device_kind) == "ada":
+    if gpu is not None and gpu.architecture == "ada":
         return "two accumulators and both halves of the weight do not fit on Ada"
     if n % (2 * BLOCK):
-        return f"gate and up are {n // 2} wide each, no multiple of {BLOCK}: a group of scales would lie across programs"
+        return (
+            f"gate and up are {n // 2} wide each, no multiple of {BLOCK}: a group of scales would "
+            "lie across programs"
+        )
     if slots == 0 or unaddressable(slots * n // 2):
-        return f"{slots} slots × {n // 2} codes: at least one slot, and not 2 to 4 GiB, which Pallas-Triton addresses wrongly"
+        return (
+            f"{slots} slots × {n // 2} codes: at least one slot, and not 2 to 4 GiB, which "
+            "Pallas-Triton addresses wrongly"
+        )
     return None
 
 

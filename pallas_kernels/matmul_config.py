@@ -20,9 +20,9 @@ is to replace them where there is one.
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from fp8jax.device import Architecture, Gpu, needs_gpu
 from fp8jax.pallas_kernels.formats import BLOCK, unaddressable
 
-Architecture = Literal["ada", "hopper", "blackwell"]
 Promotion = Literal["none", "tensor_core", "separate"]
 
 # What Hopper's short accumulator loses grows with k (calc_diff 5e-6 at 4096, 8e-5 at 16384,
@@ -31,22 +31,13 @@ PROMOTE_FROM_K = 8192
 _SMALLEST_SPLIT = 512  # of k: fewer steps than this do not fill the pipeline of copies
 _MOST_SPLITS = 8
 
-# Parts of `device_kind`, the more specific first.
-_ARCHITECTURES: dict[str, Architecture] = {
-    "B200": "blackwell",
-    "B300": "blackwell",
-    "H100": "hopper",
-    "H200": "hopper",
-    "H800": "hopper",
-    "H20": "hopper",
-    "GH200": "hopper",
-    "L40": "ada",
-    "L20": "ada",
-    "L4": "ada",
-    "RTX 40": "ada",
-    "Ada Generation": "ada",
+# How each keeps the bits of a long sum. Blackwell's accumulator is wide; Ada's is as short as
+# Hopper's, but heeds no attribute.
+PROMOTIONS: dict[Architecture, Promotion] = {
+    "hopper": "tensor_core",
+    "ada": "separate",
+    "blackwell": "none",
 }
-_CORES: dict[Architecture, int] = {"ada": 142, "hopper": 132, "blackwell": 148}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,22 +93,15 @@ class Config:
         return -(-steps // per_split), per_split
 
 
-def architecture(device_kind: str) -> Architecture | None:
-    """The architecture by `device_kind`, None if it is not known to have FP8 tensor cores that
-    these kernels reach."""
-    return next((found for part, found in _ARCHITECTURES.items() if part in device_kind), None)
-
-
-def why_not(device_kind: str, m: int, n: int, k: int) -> str | None:
+def why_not(gpu: Gpu | None, m: int, n: int, k: int) -> str | None:
     """Why no FP8 matmul kernel runs there, or None.
 
     Args:
-        device_kind: of the JAX device, such as "NVIDIA H100 80GB HBM3".
+        gpu: as `device.current_gpu` finds it.
         m, n, k: rows, outputs, inputs.
     """
-    if architecture(device_kind) is None:
-        # Triton's compiler aborts the process on older GPUs, so this must be known before tracing.
-        return f"{device_kind!r} is not known to have FP8 tensor cores (Ada, Hopper, Blackwell data center)"
+    if gpu is None:
+        return f"the kernel {needs_gpu()}"
     for name, shape in (("x [m, k]", (m, k)), ("w [n, k]", (n, k))):
         if unaddressable(shape[0] * shape[1]):
             return (
@@ -128,24 +112,21 @@ def why_not(device_kind: str, m: int, n: int, k: int) -> str | None:
 
 
 def default_scaled_config(
-    device_kind: str, m: int, n: int, k: int, *, precise: bool | None = None
+    gpu: Gpu, m: int, n: int, k: int, *, precise: bool | None = None
 ) -> Config:
     """A config for `scaled_matmul`.
 
     Args:
-        device_kind: of the JAX device.
+        gpu: what it runs on.
         m, n, k: rows, outputs, inputs.
         precise: promote partial sums; by default from k = 8192 on.
-    Raises:
-        ValueError: an unknown device.
     """
-    arch = _known(device_kind)
+    arch = gpu.architecture
     precise = k >= PROMOTE_FROM_K if precise is None else precise
     if m <= 64:
         config = _decode_config(arch, m)
-        if (
-            arch != "ada" and m <= 16 and k > 256 and k % 16 == 0
-        ):  # unaligned copies of such steps spill on Blackwell
+        # Unaligned copies of steps of 256 spill on Blackwell.
+        if arch != "ada" and m <= 16 and k > 256 and k % 16 == 0:
             config = replace(config, block_k=256, num_stages=4)
         elif arch == "ada" and precise and m > 32:
             config = replace(config, num_stages=3)
@@ -155,54 +136,35 @@ def default_scaled_config(
             block_m=64, block_n=128, block_k=128, num_warps=4, num_stages=4 if arch != "ada" else 3
         )
         candidates = [large, medium, replace(medium, block_n=64)]
-        if (
-            arch != "ada" and m >= 1024 and not (precise and arch == "hopper")
-        ):  # promoted, 128×256 spills on Hopper
+        # Promoted, 128×256 spills on Hopper.
+        if arch != "ada" and m >= 1024 and not (precise and arch == "hopper"):
             candidates.insert(0, replace(large, block_n=256, num_stages=4))
-        config = _largest_that_fills(arch, candidates, m, n)
+        config = _largest_that_fills(gpu, candidates, m, n)
     if precise:
-        # Blackwell's accumulator is wide; Ada's is as short as Hopper's, but heeds no attribute.
-        promotions: dict[Architecture, Promotion] = {
-            "hopper": "tensor_core",
-            "ada": "separate",
-            "blackwell": "none",
-        }
-        config = replace(config, promotion=promotions[arch])
-    return _with_splits(arch, config, m, n, k)
+        config = replace(config, promotion=PROMOTIONS[arch])
+    return _with_splits(gpu, config, m, n, k)
 
 
-def default_block_scaled_config(device_kind: str, m: int, n: int, k: int) -> Config:
+def default_block_scaled_config(gpu: Gpu, m: int, n: int, k: int) -> Config:
     """A config for `block_scaled_matmul`; its step along k is the group of 128.
 
     Args:
-        device_kind: of the JAX device.
+        gpu: what it runs on.
         m, n, k: rows, outputs, inputs.
-    Raises:
-        ValueError: an unknown device.
     """
-    arch = _known(device_kind)
+    arch = gpu.architecture
     if m <= 64:
         config = _decode_config(arch, m)
     elif arch == "ada":
         large = Config(block_m=128, block_n=128, block_k=BLOCK, num_warps=8, num_stages=3)
         small = Config(block_m=64, block_n=64, block_k=BLOCK, num_warps=4, num_stages=4)
-        config = _largest_that_fills(arch, [large, small], m, n)
+        config = _largest_that_fills(gpu, [large, small], m, n)
     else:
         # Each step waits for its own product (its scale is needed), so three programs an SM hide
         # the wait for one another.
         medium = Config(block_m=64, block_n=128, block_k=BLOCK, num_warps=4, num_stages=3)
-        config = _largest_that_fills(
-            arch, [medium, replace(medium, block_n=64, num_stages=4)], m, n
-        )
-    return _with_splits(arch, config, m, n, k)
-
-
-def _known(device_kind: str) -> Architecture:
-    if (arch := architecture(device_kind)) is None:
-        raise ValueError(
-            f"no default config for device {device_kind!r}; known are {', '.join(_ARCHITECTURES)}"
-        )
-    return arch
+        config = _largest_that_fills(gpu, [medium, replace(medium, block_n=64, num_stages=4)], m, n)
+    return _with_splits(gpu, config, m, n, k)
 
 
 def _decode_config(arch: Architecture, m: int) -> Config:
@@ -214,24 +176,23 @@ def _decode_config(arch: Architecture, m: int) -> Config:
     )
 
 
-def _largest_that_fills(arch: Architecture, candidates: list[Config], m: int, n: int) -> Config:
+def _largest_that_fills(gpu: Gpu, candidates: list[Config], m: int, n: int) -> Config:
     """The first candidate with at least a tile an SM, else the last."""
-    return next(
-        (config for config in candidates if _tiles(config, m, n) >= _CORES[arch]), candidates[-1]
-    )
+    filling = (config for config in candidates if _tiles(config, m, n) >= gpu.programs_to_fill)
+    return next(filling, candidates[-1])
 
 
 def _tiles(config: Config, m: int, n: int) -> int:
     return -(-m // config.block_m) * -(-n // config.block_n)
 
 
-def _with_splits(arch: Architecture, config: Config, m: int, n: int, k: int) -> Config:
+def _with_splits(gpu: Gpu, config: Config, m: int, n: int, k: int) -> Config:
     """As many splits, a power of two, as keep the programs within two an SM and each split long
     enough."""
     splits = 1
     while (
         splits < _MOST_SPLITS
-        and 2 * splits * _tiles(config, m, n) <= 2 * _CORES[arch]
+        and 2 * splits * _tiles(config, m, n) <= 2 * gpu.programs_to_fill
         and k // (2 * splits) >= _SMALLEST_SPLIT
     ):
         splits *= 2

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from fp8jax.device import required_gpu
 from fp8jax.pallas_kernels import matmul_config
 from fp8jax.pallas_kernels.matmul_config import Config
 
@@ -295,30 +296,10 @@ def checked_config(
     default: Callable[..., Config],
     interpret: bool,
 ) -> Config:
-    """The config to run with, once device and shape are known to work; interpret mode takes
-    Hopper's."""
-    device_kind = "NVIDIA H100" if interpret else current_device_kind() or "this device"
-    if reason := matmul_config.why_not(device_kind, m, n, k):
+    """The config to run with, once device and shape are known to work."""
+    gpu = required_gpu(op, interpret=interpret)
+    if reason := matmul_config.why_not(gpu, m, n, k):
         raise NotImplementedError(f"{op}: {reason}; use implementation='xla'")
-    config = config or default(device_kind, m, n, k)
+    config = config or default(gpu, m, n, k)
     config.check()
     return config
-
-
-def current_device_kind() -> str:
-    """`device_kind` of the GPU being compiled for: that of the mesh in use if it names one, else of
-    the default device; "" for no GPU."""
-    abstract = jax.sharding.get_abstract_mesh().abstract_device
-    if abstract is not None:
-        return abstract.device_kind
-    device = current_device()
-    return device.device_kind if device is not None and device.platform == "gpu" else ""
-
-
-def current_device() -> Any:
-    """The `jax.Device` that computations go to by default; None under a mesh that names a device
-    which need not be here."""
-    if jax.sharding.get_abstract_mesh().abstract_device is not None:
-        return None
-    default = jax.config.jax_default_device
-    return jax.devices(default)[0] if default is None or isinstance(default, str) else default

@@ -1,6 +1,6 @@
 """Quantize activations on the fly: floats in, e4m3 codes and float32 scales out.
 
-    s = max(amax / 448, 1 / (448 · 512))        q = round_e4m3(clip(x · (1/s), ±448))        x ≈ q · s
+    s = max(amax / 448, 1 / (448 · 512))      q = round_e4m3(clip(x · (1/s), ±448))      x ≈ q · s
 
 | granularity | amax over                                      | scales          |
 |-------------|------------------------------------------------|-----------------|
@@ -160,11 +160,17 @@ def why_not(
 ) -> str | None:
     """Why there is no kernel for this case, or None if there is one."""
     if granularity == "tensor":
-        return "one scale for all rows needs a maximum over the whole array before the first code; XLA does that"
+        return (
+            "one scale for all rows needs a maximum over the whole array before the first code; XLA "
+            "does that"
+        )
     if granularity not in ("token", "group"):
         return f"granularity {granularity!r} is unknown; choose 'token' or 'group'"
     if jnp.dtype(dtype).name not in ACTIVATION_DTYPES:
-        return f"activations are {jnp.dtype(dtype).name}, the kernel takes {', '.join(ACTIVATION_DTYPES)}"
+        return (
+            f"activations are {jnp.dtype(dtype).name}, the kernel takes "
+            f"{', '.join(ACTIVATION_DTYPES)}"
+        )
     if m == 0 or k == 0:
         return f"nothing to quantize in [m, k] = [{m}, {k}]"
     if granularity == "token" and k > MAX_ROW:

@@ -1,19 +1,18 @@
 """Residual add, RMSNorm and quantization of its result, in one pass over the row.
 
-    stream = residual + multiplier · x                              (rounded to the activation dtype, as the model adds)
-    y      = round(stream / √(mean(stream²) + ε)) · weight          (statistics in float32, both steps rounded)
+    stream = residual + multiplier · x                      rounded as the model adds
+    y      = round(stream / √(mean(stream²) + ε)) · weight  statistics in float32, both steps rounded
     codes, scale = quantize(y)
 
 A layer normalises what it adds to, and quantizes what it normalises: three reads and two writes of
 the row become one read of each input and one write of each output, and y itself does not reach
-memory, unless something else wants it (`keep`). A program owns whole rows, since both the mean
+memory, unless something else wants it (`keep_rows`). A program owns whole rows, since both the mean
 square and a token's scale need all of one. x may also be the float32 partial sums `[splits, m, h]`
 of a split-K product, which saves the kernel that would add them up. Source of the formula:
 transformers' `LlamaRMSNorm`, the stream kept in the activation dtype.
 """
 
 import functools
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -49,23 +48,38 @@ def rms_norm_quantize_reference(
         float32.
     """
     stream = quantize.activation_of(x, dtype)
-    dtype = stream.dtype
-    wide = stream.astype(jnp.float32)
     if residual is not None:
-        if residual_multiplier != 1:
-            wide = quantize.rounded(wide * jnp.float32(residual_multiplier), dtype)
-        wide = quantize.rounded(residual.astype(jnp.float32) + wide, dtype)
-        stream = wide.astype(dtype)
-    mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
-    normalised = quantize.rounded(wide * lax.rsqrt(mean_square + jnp.float32(epsilon)), dtype)
-    y = quantize.rounded(normalised * weight.astype(jnp.float32)[None, :], dtype)
+        stream = residual + times(stream, residual_multiplier)
+    y = rms_norm(stream, weight, epsilon=epsilon)
     return stream, *quantize.quantize_activation_reference(y, granularity)
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, *, epsilon: float) -> jax.Array:
+    """x / rms(x) · weight, on any device.
+
+    The mean square is taken in float32, the normalised value is cast to x's dtype before the weight
+    comes in.
+
+    Args:
+        x: float `[..., h]`.
+        weight: float `[h]` of the same dtype.
+        epsilon: added to the mean square.
+    """
+    wide = x.astype(jnp.float32)
+    mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+    normalised = (wide * lax.rsqrt(mean_square + jnp.float32(epsilon))).astype(x.dtype)
+    return normalised * weight.reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+def times(x: jax.Array, factor: float) -> jax.Array:
+    """x · factor in float32, rounded once to x's dtype, as torch multiplies by a Python number."""
+    return x if factor == 1 else (x.astype(jnp.float32) * jnp.float32(factor)).astype(x.dtype)
 
 
 @functools.partial(
     jax.jit,
     static_argnames=(
-        "granularity", "epsilon", "residual_multiplier", "dtype", "scale_layout", "keep", "config", "interpret"
+        "granularity", "epsilon", "residual_multiplier", "dtype", "scale_layout", "keep_rows", "config", "interpret"
     ),
 )  # fmt: skip
 def rms_norm_quantize_triton(
@@ -78,7 +92,7 @@ def rms_norm_quantize_triton(
     residual_multiplier: float = 1.0,
     dtype: jax.typing.DTypeLike | None = None,
     scale_layout: ScaleLayout = "mg",
-    keep: Literal["codes", "codes and rows"] = "codes",
+    keep_rows: bool = False,
     config: Config | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, ...]:
@@ -88,8 +102,8 @@ def rms_norm_quantize_triton(
         x, weight, granularity, epsilon, residual, residual_multiplier, dtype: as in the reference;
         not "tensor".
         scale_layout: layout of group scales, `[m, groups]` or `[groups, m]`.
-        keep: whether the normalised rows are written beside their codes, for who reads them as they
-            are (a router).
+        keep_rows: whether the normalised rows are written beside their codes, for who reads them
+            as they are (a router).
         config: `default_config` if None.
         interpret: run on the CPU, to check the mathematics.
     Returns:
@@ -116,10 +130,12 @@ def rms_norm_quantize_triton(
         )
     config = config or default_config(m, h)
     config.check(h, "token")
-    writes_stream, writes_rows = residual is not None or x.ndim == 3, keep == "codes and rows"
+    writes_stream, writes_rows = residual is not None or x.ndim == 3, keep_rows
 
     def kernel(
-        *refs,  # x [m, h] or [splits, m, h]; weight [h]; residual [m, h] if given; stream, rows [m, h] if wanted; codes; scale
+        # In: x [m, h] or [splits, m, h], weight [h], residual [m, h] if there is one.
+        # Out: stream and rows [m, h] if they are wanted, codes [m, h], scale.
+        *refs,
     ):
         x_ref, weight_ref, *optional, codes_ref, scale_ref = refs
         rows, cols = quantize.tile_indices(config)

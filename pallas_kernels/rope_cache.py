@@ -1,9 +1,11 @@
 """Rotate a new token's queries and keys, and write its keys and values into the cache, in one
 kernel.
 
-    qkv [b, (h + 2·kv_heads) · d]  ->  q [b, h, d] turned;  k turned and v as it is at cache[b, :, positions[b], :]
+    qkv [b, (h + 2·kv_heads) · d]  ->  q [b, h, d] turned
+                                       k turned, v as it is, at cache[b, :, positions[b], :]
 
-    [x₁ x₂ rest]  ->  [x₁·cos − x₂·sin,  x₂·cos + x₁·sin,  rest]        x₁, x₂ of rotary_dim / 2 channels each, in float32
+    [x₁ x₂ rest]  ->  [x₁·cos − x₂·sin,  x₂·cos + x₁·sin,  rest]
+                                       x₁, x₂ of rotary_dim / 2 channels each, in float32
 
 The caches `[b, kv_heads, s, d]` are updated in place: input and output of the kernel are one
 buffer, of which only the touched rows are written. Donate the caches to the enclosing `jax.jit`;
@@ -27,6 +29,7 @@ from jax import lax
 
 from fp8jax.pallas_kernels import quantize
 from fp8jax.pallas_kernels.quantize import ACTIVATION_DTYPES, power_of_two
+from fp8jax.pallas_kernels.rms_norm_quantize import rms_norm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,26 +75,37 @@ def rope_cache_reference(
     """
     qkv = quantize.activation_of(qkv, dtype)
     b, kv_heads, s, d = key_cache.shape
-    half = cos.shape[1]
-    heads = qkv.reshape(b, -1, d).astype(jnp.float32)
-    heads = _clipped(heads, clip, qkv.dtype)
-    q, k, v = jnp.split(heads, [heads.shape[1] - 2 * kv_heads, heads.shape[1] - kv_heads], axis=1)
-
-    def turned(x: jax.Array, norm: jax.Array | None) -> jax.Array:
-        if norm is not None:
-            mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
-            x = quantize.rounded(x * lax.rsqrt(mean_square + jnp.float32(epsilon)), qkv.dtype)
-            x = quantize.rounded(x * norm.astype(jnp.float32), qkv.dtype)
-        x1, x2, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-        c, s = cos[:, None, :], sin[:, None, :]
-        return jnp.concatenate([x1 * c - x2 * s, x2 * c + x1 * s, rest], axis=-1).astype(qkv.dtype)
-
+    heads = qkv.reshape(b, 1, -1, d)
+    heads = heads if clip is None else jnp.clip(heads, -clip, clip)
+    first = heads.shape[2] - 2 * kv_heads
+    q, k, v = jnp.split(heads, [first, first + kv_heads], axis=2)
+    if q_norm is not None and k_norm is not None:
+        q, k = rms_norm(q, q_norm, epsilon=epsilon), rms_norm(k, k_norm, epsilon=epsilon)
+    q, k = (rotate(x, cos[:, None], sin[:, None]) for x in (q, k))
     rows, places = jnp.arange(b), jnp.where(positions < 0, s, positions)
-    key_cache = key_cache.at[rows, :, places].set(
-        turned(k, k_norm).astype(key_cache.dtype), mode="drop"
-    )
-    value_cache = value_cache.at[rows, :, places].set(v.astype(value_cache.dtype), mode="drop")
-    return turned(q, q_norm), key_cache, value_cache
+
+    def write(cache: jax.Array, x: jax.Array) -> jax.Array:
+        return cache.at[rows, :, places].set(x[:, 0].astype(cache.dtype), mode="drop")
+
+    return q[:, 0], write(key_cache, k), write(value_cache, v)
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Turn the first channels of each head, in float32, on any device.
+
+    Args:
+        x: float `[b, t, h, d]`.
+        cos, sin: float32 `[b, t, rotary_dim / 2]`.
+    Returns:
+        `[b, t, h, d]` in the dtype of x.
+    """
+    half = cos.shape[-1]
+    cos, sin = cos[:, :, None, :], sin[:, :, None, :]
+    x1, x2 = x[..., :half].astype(jnp.float32), x[..., half : 2 * half].astype(jnp.float32)
+    turned = jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
+    if 2 * half == x.shape[-1]:
+        return turned
+    return jnp.concatenate([turned, x[..., 2 * half :]], axis=-1)
 
 
 @functools.partial(jax.jit, static_argnames=("epsilon", "clip", "dtype", "config", "interpret"))
@@ -245,7 +259,10 @@ def why_not(
     if h < 1 or h % kv_heads:
         return f"{h} query heads do not share {kv_heads} key-value heads evenly"
     if power_of_two(h // kv_heads + 1) * power_of_two(d) > 32768:
-        return f"{h // kv_heads} query heads of {d} channels share a key: more than a program holds in registers"
+        return (
+            f"{h // kv_heads} query heads of {d} channels share a key: more than a program holds in "
+            "registers"
+        )
     return None
 
 

@@ -1,6 +1,6 @@
 """FP8 product with one scale a row and one scale a matrix or output channel.
 
-    out[m, n] = (Σ_k x[m, k] Â· w[n, k]) Â· x_scale[m] Â· w_scale[n] + bias[n]
+    out[m, n] = (Σ_k x[m, k] · w[n, k]) · x_scale[m] · w_scale[n] + bias[n]
 
 The sum runs over e4m3 codes with a float32 accumulator; scales, bias and the cast come once, at the
 end, the scales in an order that keeps every finite result finite (`matmul_tiles.scaled`). The
@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from fp8jax.device import Gpu
 from fp8jax.pallas_kernels import matmul_config, matmul_tiles, widened_dot
 from fp8jax.pallas_kernels.matmul_config import Config
 from fp8jax.pallas_kernels.primitives import fp8_dot
@@ -110,19 +111,19 @@ def scaled_matmul_partials(
     return _run(x, x_scale, w, w_scale, bias, jnp.float32, config, interpret)
 
 
-def why_not(device_kind: str, m: int, n: int, k: int) -> str | None:
+def why_not(gpu: Gpu | None, m: int, n: int, k: int) -> str | None:
     """Why the kernel does not run there, or None.
 
     Args:
-        device_kind: of the JAX device.
+        gpu: as `device.current_gpu` finds it.
         m, n, k: rows, outputs, inputs.
     """
-    return matmul_config.why_not(device_kind, m, n, k)
+    return matmul_config.why_not(gpu, m, n, k)
 
 
-def default_config(device_kind: str, m: int, n: int, k: int) -> Config:
-    """Tiles for the device and shape; the reasons are in `matmul_config`."""
-    return matmul_config.default_scaled_config(device_kind, m, n, k)
+def default_config(gpu: Gpu, m: int, n: int, k: int) -> Config:
+    """Tiles for the GPU and shape; the reasons are in `matmul_config`."""
+    return matmul_config.default_scaled_config(gpu, m, n, k)
 
 
 def _run(

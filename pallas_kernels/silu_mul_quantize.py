@@ -37,10 +37,25 @@ def silu_mul_quantize_reference(
     Returns:
         codes float8_e4m3fn `[m, i]`, scales float32.
     """
-    gate_up = quantize.activation_of(gate_up, dtype)
-    gate, up = jnp.split(gate_up.astype(jnp.float32), 2, axis=-1)
-    y = quantize.rounded(silu_mul(gate, up), gate_up.dtype)
+    y = silu_mul(quantize.activation_of(gate_up, dtype))
     return quantize.quantize_activation_reference(y, granularity)
+
+
+def silu_mul(gate_up: jax.Array) -> jax.Array:
+    """silu(gate) · up in float32, on any device.
+
+    Args:
+        gate_up: float `[..., 2i]`.
+    Returns:
+        `[..., i]` in the same dtype.
+    """
+    gate, up = jnp.split(gate_up.astype(jnp.float32), 2, axis=-1)
+    return gated(gate, up).astype(gate_up.dtype)
+
+
+def gated(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """The formula on float32 values; works in kernels too."""
+    return gate * jax.nn.sigmoid(gate) * up
 
 
 @functools.partial(
@@ -90,7 +105,7 @@ def silu_mul_quantize_triton(
         inside = (rows < m) & (cols < i)
         gate = quantize.load_activation(gate_up_ref, rows, cols, inside, dtype)
         up = quantize.load_activation(gate_up_ref, rows, cols + i, inside, dtype)
-        y = silu_mul(gate, up).astype(dtype).astype(jnp.float32)
+        y = gated(gate, up).astype(dtype).astype(jnp.float32)
         quantize.store_quantized(y, codes_ref, scale_ref, i, granularity, scale_layout)
 
     return pl.pallas_call(
@@ -113,8 +128,3 @@ def why_not(
 def default_config(m: int, i: int, granularity: ActivationGranularity) -> Config:
     """As for plain quantization: the second input costs registers only until it is multiplied."""
     return quantize.default_config(m, i, granularity)
-
-
-def silu_mul(gate: jax.Array, up: jax.Array) -> jax.Array:
-    """In float32; works in kernels too."""
-    return gate * jax.nn.sigmoid(gate) * up

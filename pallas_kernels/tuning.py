@@ -1,25 +1,23 @@
-"""Tuned tables: for a device and an operation, which config was the fastest on which shape, and how
-it was measured.
+"""Tuned tables: which config of a kernel was the fastest on a device, for each shape that was timed.
 
     pallas_kernels/tuned/<device>/<op>.json        {"device": ..., "op": ..., "entries": [...]}
 
-An entry carries its measurement, the XLA path's time on the same shape where that was taken, the
-versions and the date: a config without them is an opinion. `scripts/tune_kernels.py` writes the
-tables; `ops` reads them.
+An entry is a shape, the fastest config on it, and how that was measured: a config without its
+measurement is an opinion. Tables are written by `scripts/tune_kernels.py`; here they are only read.
 
-A shape is named numbers, `{"m": 16, "n": 4096, "k": 4096}`, and words that must match exactly
-(`{"granularity": "token"}`). Distance between two shapes is counted in octaves, log2 of the ratio,
-and the largest of them counts: m = 48 is 0.6 octaves from 32 and takes its config. A shape more
-than an octave from every entry has no tuned config: a measurement says little about it. Of entries
-at the same distance the one wins whose sizes, as they are, differ least in all. Two sizes and one
-number are not taken as they are:
+A shape is sizes, `{"m": 16, "n": 4096, "k": 4096}`, and words, `{"scales": "block"}`. Words must
+match exactly. The distance of two sizes is counted in octaves, log2 of their ratio, and the largest
+of these is the distance of two shapes: from m = 32, m = 48 is 0.6 octaves away. A kernel runs with
+the config of the nearest entry, unless that is more than an octave away: so far off, a measurement
+says little. Of entries at the same distance the one wins whose sizes differ least in sum.
 
-    m            Up to 16 rows are one tile, so m below 16 counts as 16.
-    slots        (rows that meet `experts`) A tile is 16 slots of one expert, and each tile reads its expert's weights, which is
-                 what costs. Spread evenly, r slots are min(experts, r) tiles until every expert has more than 16, then r / 16:
-                 the number of tiles counts. From one slot an expert to 16 nothing changes; from 8 slots to 128, 16 times as
-                 many experts are read.
-    row_groups   1 and 2 are two layouts, not near each other: they must be equal.
+What counts is the work that a size stands for, which is not always the size:
+
+    m           Up to 16 rows are one tile: fewer count as 16.
+    slots       Rows that are spread over `experts`; what costs is the tiles, each of which reads
+                its expert's weights. r slots of e experts are min(e, r) tiles of at most 16, or
+                r / 16 where every expert has more than 16.
+    row_groups  1 and 2 are two layouts, not near each other: it is a word that looks like a number.
 """
 
 import functools
@@ -27,13 +25,15 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+Shape = Mapping[str, int | str]
+
 TUNED = Path(__file__).resolve().parent / "tuned"
 _TOKEN_TILE = 16
-_EXACT = ("row_groups",)
+_WORDS = ("row_groups",)  # by name; besides, all that are strings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class Entry:
     """The fastest config that was found for one shape.
 
     Args:
-        shape: sizes by name (int), and words that must match exactly.
+        shape: sizes and words by name.
         config: fields of the operation's `Config`.
         microseconds: median time of the kernel with this config.
         xla_microseconds: median time of the XLA path on the same shape; None where it was not
@@ -51,7 +51,7 @@ class Entry:
         date: ISO date of the measurement.
     """
 
-    shape: Mapping[str, int | str]
+    shape: Shape
     config: Mapping[str, Any]
     microseconds: float
     versions: Mapping[str, str]
@@ -66,20 +66,16 @@ class Entry:
         return "xla" if beaten else "triton"
 
 
-def table_path(device_kind: str, op: str, *, folder: Path = TUNED) -> Path:
-    """Where the table lies; "NVIDIA H100 80GB HBM3" gives `nvidia_h100_80gb_hbm3/<op>.json`."""
-    return folder / device_folder(device_kind) / f"{op}.json"
-
-
-def device_folder(device_kind: str) -> str:
-    """A device's name as a folder name."""
-    return re.sub(r"[^a-z0-9]+", "_", device_kind.lower()).strip("_")
-
-
 @functools.cache
 def load(device_kind: str, op: str, *, folder: Path = TUNED) -> tuple[Entry, ...]:
-    """The entries for a device and operation, () where nothing was tuned; read once a process.
+    """The entries for a device and operation; read once a process.
 
+    Args:
+        device_kind: as JAX reports it.
+        op: name of the operation.
+        folder: of all tables.
+    Returns:
+        The entries, () where nothing was tuned.
     Raises:
         ValueError: the file is no table of this device and operation.
     """
@@ -98,67 +94,67 @@ def load(device_kind: str, op: str, *, folder: Path = TUNED) -> tuple[Entry, ...
         ) from error
 
 
-def nearest(
-    entries: Iterable[Entry], shape: Mapping[str, int | str], *, within: float = 1.0
-) -> Entry | None:
-    """The entry whose shape is nearest, None if none is within so many octaves.
+def table_path(device_kind: str, op: str, *, folder: Path = TUNED) -> Path:
+    """Where the table lies; "NVIDIA H100 80GB HBM3" gives `nvidia_h100_80gb_hbm3/<op>.json`."""
+    return folder / device_folder(device_kind) / f"{op}.json"
+
+
+def device_folder(device_kind: str) -> str:
+    """A device's name as a folder name."""
+    return re.sub(r"[^a-z0-9]+", "_", device_kind.lower()).strip("_")
+
+
+def nearest(entries: Iterable[Entry], shape: Shape, *, within: float = 1.0) -> Entry | None:
+    """The entry whose shape is nearest.
 
     Args:
         entries: from `load`.
-        shape: with the same names as theirs.
-        within: the largest distance in any one size.
+        shape: what is to be run.
+        within: the largest distance, in octaves.
+    Returns:
+        The entry, None if none of these names and words is within that distance.
     """
-    reachable = [
-        (distances, entry)
+    comparable = (
+        entry
         for entry in entries
-        if (distances := _octaves(entry.shape, shape)) is not None and distances[0] <= within
-    ]
-    return min(reachable, key=lambda pair: pair[0], default=(None, None))[1]
-
-
-def save(device_kind: str, op: str, entries: Iterable[Entry], *, folder: Path = TUNED) -> Path:
-    """Write a table in whole, entries sorted by shape; a reader never sees half of one.
-
-    Where two entries have the same shape, the later one stays.
-    """
-    by_shape = {tuple(sorted(entry.shape.items(), key=str)): entry for entry in entries}
-    ordered = sorted(
-        by_shape.values(), key=lambda entry: [(isinstance(v, str), v) for v in entry.shape.values()]
+        if entry.shape.keys() == shape.keys() and _words(entry.shape) == _words(shape)
     )
-    path = table_path(device_kind, op, folder=folder)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    table = {"device": device_kind, "op": op, "entries": [asdict(entry) for entry in ordered]}
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
-    unfinished.replace(path)
-    load.cache_clear()
-    return path
+    near = [
+        (distance, entry)
+        for entry in comparable
+        if (distance := max(_octaves(_work(entry.shape), _work(shape)), default=0.0)) <= within
+    ]
+
+    def order(pair: tuple[float, Entry]) -> tuple[float, float]:
+        distance, entry = pair
+        return distance, sum(_octaves(_sizes(entry.shape), _sizes(shape)))
+
+    return min(near, key=order, default=(0.0, None))[1]
 
 
-def _octaves(
-    tuned: Mapping[str, int | str], wanted: Mapping[str, int | str]
-) -> tuple[float, float] | None:
-    """The largest distance, and the sum of those of the sizes as they are; None where the two are
-    not comparable."""
-    if tuned.keys() != wanted.keys():
-        return None
-    largest = total = 0.0
-    for name, value in wanted.items():
-        other = tuned[name]
-        if isinstance(value, str) or isinstance(other, str) or name in _EXACT:
-            if value != other:
-                return None
-            continue
-        largest = max(largest, abs(math.log2(_size(name, wanted) / _size(name, tuned))))
-        total += abs(math.log2(max(value, 1) / max(other, 1)))
-    return largest, total
+def _words(shape: Shape) -> dict[str, int | str]:
+    return {n: value for n, value in shape.items() if isinstance(value, str) or n in _WORDS}
 
 
-def _size(name: str, shape: Mapping[str, int | str]) -> float:
-    """What a size counts as; see the module's table."""
-    size = max(int(shape[name]), 1)
-    if name == "m":
-        return max(size, _TOKEN_TILE)
-    if name == "slots":
-        return max(min(int(shape["experts"]), size), size / _TOKEN_TILE)
-    return size
+def _sizes(shape: Shape) -> dict[str, float]:
+    """The sizes as they are; one of 0 counts as 1, so that it has a distance too."""
+    return {
+        name: max(value, 1)
+        for name, value in shape.items()
+        if not isinstance(value, str) and name not in _WORDS
+    }
+
+
+def _work(shape: Shape) -> dict[str, float]:
+    """The sizes as the work that they stand for: see the module's table."""
+    work = _sizes(shape)
+    if "m" in work:
+        work["m"] = max(work["m"], _TOKEN_TILE)
+    if "slots" in work:
+        slots = work["slots"]
+        work["slots"] = max(min(work["experts"], slots), slots / _TOKEN_TILE)
+    return work
+
+
+def _octaves(sizes: Mapping[str, float], others: Mapping[str, float]) -> list[float]:
+    return [abs(math.log2(others[name] / size)) for name, size in sizes.items()]

@@ -30,13 +30,14 @@ from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
-from fp8jax import ops
-from fp8jax.devtools import benchmarking, offline_models
+from fp8jax.device import gpu_named
+from fp8jax.devtools import offline_models
 from fp8jax.devtools.benchmarking import Deadline, ResultFile
 from fp8jax.generation import decode_step, prefill
 from fp8jax.models import CausalLM, DecoderConfig, read_decoder_config
 from fp8jax.models.layers import Linear
 from fp8jax.models.moe import Experts
+from fp8jax.ops.choice import IMPLEMENTATIONS, Implementation
 from fp8jax.qarray import quantize
 from fp8jax.schemes import SCHEMES, Scheme
 
@@ -79,7 +80,7 @@ def filled(
     scheme: Scheme | None,
     make: Callable[[jax.ShapeDtypeStruct, Scheme | None, int], Any],
     *,
-    implementation: ops.Implementation = "auto",
+    implementation: Implementation = "auto",
 ) -> CausalLM:
     """A model whose weights are what `make` gives for (shape and dtype, scheme, row groups), one
     after the other.
@@ -136,7 +137,7 @@ def measure(
     prompt: int,
     steps: int,
     layers: int | None,
-    implementation: ops.Implementation,
+    implementation: Implementation,
 ) -> None:
     """Time what is not in `results` yet, until the deadline."""
     config = shape_of(name, layers=layers)
@@ -246,8 +247,8 @@ def _untouched_expert_bytes(model: CausalLM, batch: int) -> float:
 
 
 def _floor_ms(bytes_read: float) -> float | None:
-    device = benchmarking.limits(jax.devices()[0].device_kind)
-    return None if device is None else 1e3 * bytes_read / device.bandwidth
+    gpu = gpu_named(jax.devices()[0].device_kind)
+    return 1e3 * bytes_read / gpu.bandwidth if gpu and gpu.bandwidth else None
 
 
 def speedups(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -330,9 +331,9 @@ def main(
         raise SystemExit(
             f"benchmark_generate: unknown schemes {sorted(unknown)}; choose of {', '.join(known)}"
         )
-    if implementation not in ops.IMPLEMENTATIONS:
+    if implementation not in IMPLEMENTATIONS:
         raise SystemExit(
-            f"benchmark_generate: implementation is one of {', '.join(ops.IMPLEMENTATIONS)}"
+            f"benchmark_generate: implementation is one of {', '.join(IMPLEMENTATIONS)}"
         )
     batches = [int(part) for part in batch.split(",")]
     options: dict[str, Any] = {

@@ -30,14 +30,13 @@ from jax import lax
 from rich.console import Console
 from rich.table import Table
 
+from fp8jax.device import H100, Gpu, current_gpu
 from fp8jax.devtools import benchmarking
 from fp8jax.devtools.benchmarking import Contender, Deadline, ResultFile
 from fp8jax.devtools.offline_programs import LINEAR_SHAPES
-from fp8jax.devtools.offline_targets import TARGETS
 from fp8jax.pallas_kernels import block_scaled_matmul, matmul_config, scaled_matmul, tuning
 from fp8jax.pallas_kernels.formats import BLOCK
 from fp8jax.pallas_kernels.matmul_config import Config
-from fp8jax.pallas_kernels.matmul_tiles import current_device_kind
 from fp8jax.pallas_kernels.quantize import quantize_activation_triton
 
 SHAPES = {**LINEAR_SHAPES, "tiny": {"square": (256, 256)}}
@@ -54,7 +53,7 @@ JsonFile = Annotated[Path | None, typer.Option("--json", help="Written row by ro
 
 def contenders(m: int, n: int, k: int) -> Iterator[tuple[str, Contender]]:
     """All of them that run on the current device, by name."""
-    on_gpu = bool(current_device_kind())
+    on_gpu = current_gpu() is not None
     out, groups, flops = 2 * m * n, -(-k // BLOCK), 2.0 * m * n * k
     contender = functools.partial(Contender, operands="fp8", flops=flops)
 
@@ -77,14 +76,14 @@ def contenders(m: int, n: int, k: int) -> Iterator[tuple[str, Contender]]:
             contender(make=made(_codes), run=preset, bytes_moved=m * k + n * k + out),
         )
 
-    kind, sizes = config_kind(), {"m": m, "n": n, "k": k}
+    gpu, sizes = config_gpu(), {"m": m, "n": n, "k": k}
     configs = {
         "per_tensor": tuned_config("scaled_matmul", sizes)
-        or scaled_matmul.default_config(kind, m, n, k),
+        or scaled_matmul.default_config(gpu, m, n, k),
         "per_block": tuned_config("block_scaled_matmul", sizes)
-        or block_scaled_matmul.default_config(kind, m, n, k),
+        or block_scaled_matmul.default_config(gpu, m, n, k),
     }
-    promoted = matmul_config.default_scaled_config(kind, m, n, k, precise=True)
+    promoted = matmul_config.default_scaled_config(gpu, m, n, k, precise=True)
     if promoted.promotion != configs["per_tensor"].promotion:
         configs["per_tensor_promoted"] = promoted
     for name, config in configs.items():
@@ -245,14 +244,14 @@ def parts(option: str) -> list[str]:
     return [part.strip() for part in option.split(",") if part.strip()]
 
 
-def config_kind() -> str:
-    """The device whose configs are taken: interpreted, H100's."""
-    return current_device_kind() or TARGETS["h100"].name
+def config_gpu() -> Gpu:
+    """The GPU whose configs are taken: interpreted, H100's."""
+    return current_gpu() or H100
 
 
 def tuned_config(op: str, shape: Mapping[str, int | str]) -> Config | None:
     """The tuned config for the shape, None where there is none near."""
-    entry = tuning.nearest(tuning.load(config_kind(), op), shape)
+    entry = tuning.nearest(tuning.load(config_gpu().kind, op), shape)
     return entry and Config(**entry.config)
 
 

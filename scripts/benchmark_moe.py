@@ -25,7 +25,6 @@ top_k rows. `fp8jax.devtools.benchmarking` says how time is taken. On a CPU the 
 interpreted and times mean nothing.
 """
 
-import contextlib
 import dataclasses
 import functools
 import itertools
@@ -44,7 +43,7 @@ from benchmark_matmul import (
     Minutes,
     Only,
     Samples,
-    config_kind,
+    config_gpu,
     opened,
     parts,
     random_operand,
@@ -55,22 +54,20 @@ from flax import nnx
 from jax import lax
 from rich.console import Console
 
-from fp8jax import ops
+from fp8jax.device import current_gpu
 from fp8jax.devtools import benchmarking
 from fp8jax.devtools.benchmarking import Contender, Deadline, ResultFile
 from fp8jax.devtools.offline_programs import EXPERT_SHAPES
-from fp8jax.models import moe
+from fp8jax.models.config import MoEConfig
+from fp8jax.models.moe import Experts
+from fp8jax.ops.choice import choose
+from fp8jax.ops.experts import route
+from fp8jax.ops.values import total
 from fp8jax.pallas_kernels import grouped_matmul
-from fp8jax.pallas_kernels.formats import BLOCK
-from fp8jax.pallas_kernels.grouped_matmul import ExpertScales, grouped_matmul_reference
-from fp8jax.pallas_kernels.grouped_matmul_kernel import (
-    GroupedProblem,
-    grouped_scaled_matmul_triton,
-    work_list,
-)
-from fp8jax.pallas_kernels.interpret_mode import interpreted_kernels
+from fp8jax.pallas_kernels.formats import BLOCK, WeightGranularity
+from fp8jax.pallas_kernels.grouped_matmul import Slots, grouped_matmul_reference, work_list
+from fp8jax.pallas_kernels.grouped_matmul_kernel import grouped_scaled_matmul_triton
 from fp8jax.pallas_kernels.matmul_config import Config
-from fp8jax.pallas_kernels.matmul_tiles import current_device_kind
 from fp8jax.qarray import QArray, scale_shape
 from fp8jax.schemes import FP8_PER_BLOCK, FP8_PER_TENSOR, Scheme
 
@@ -82,7 +79,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 ROUTINGS = ("uniform", "zipf", "same")
 Routing = Literal["uniform", "zipf", "same"]
 TILE_SIZES = (16, 32, 64, 128)  # slots a tile, of all configs there are
-_SCHEMES: dict[ExpertScales, Scheme] = {"tensor": FP8_PER_TENSOR, "block": FP8_PER_BLOCK}
+_SCHEMES: dict[WeightGranularity, Scheme] = {"tensor": FP8_PER_TENSOR, "block": FP8_PER_BLOCK}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,7 +117,7 @@ class ExpertProduct:
         """Experts that have a slot."""
         return np.unique(self.choices).size
 
-    def tuned_shape(self, scales: ExpertScales) -> dict[str, int | str]:
+    def tuned_shape(self, scales: WeightGranularity) -> dict[str, int | str]:
         """As tuned tables name it."""
         sizes = {
             "slots": self.slots,
@@ -131,7 +128,7 @@ class ExpertProduct:
         }
         return {**sizes, "scales": scales}
 
-    def stack_bytes(self, scales: ExpertScales | None) -> int:
+    def stack_bytes(self, scales: WeightGranularity | None) -> int:
         """Weights and scales of the experts touched; None for BF16."""
         shape = (self.touched, self.n, self.k)
         if scales is None:
@@ -140,7 +137,7 @@ class ExpertProduct:
             scale_shape(shape, _SCHEMES[scales], row_groups=self.row_groups)
         )
 
-    def bytes_moved(self, scales: ExpertScales | None) -> int:
+    def bytes_moved(self, scales: WeightGranularity | None) -> int:
         """The fewest bytes of a product: stacks, x, its scales, the result in bfloat16."""
         scales_of_row = {None: 0, "tensor": 1, "block": -(-self.k // BLOCK)}[scales]
         row_of_x = (2 if scales is None else 1) * self.k + 4 * scales_of_row
@@ -180,21 +177,27 @@ def contenders(p: ExpertProduct) -> Iterator[tuple[str, Contender]]:
     yield "bf16", plain(make=make, run=functools.partial(_ragged, gathered=p.gathered))
     make = functools.partial(_plain_operands, p=p, axes="enk")
     yield "bf16_loop", plain(make=make, run=functools.partial(_loop, gathered=p.gathered))
-    scales: ExpertScales
+    scales: WeightGranularity
     for scales in ("tensor", "block"):
         yield f"per_{scales}", kernel(p, scales)
 
 
-def kernel(p: ExpertProduct, scales: ExpertScales) -> Contender:
+def kernel(p: ExpertProduct, scales: WeightGranularity) -> Contender:
     """The grouped kernel with its tuned config, or its default; `run` takes another as `config`."""
     config = tuned_config("grouped_scaled_matmul", p.tuned_shape(scales))
     config = config or grouped_matmul.default_config(
-        config_kind(), p.slots, p.experts, p.n, p.k, row_groups=p.row_groups, scales=scales
+        config_gpu(), p.slots, p.experts, p.n, p.k, row_groups=p.row_groups, scales=scales
     )
     return Contender(
         operands="fp8",
         make=functools.partial(_quantized_operands, p=p, scales=scales),
-        run=functools.partial(_kernel, gathered=p.gathered, row_groups=p.row_groups, config=config),
+        run=functools.partial(
+            _kernel,
+            gathered=p.gathered,
+            granularity=scales,
+            row_groups=p.row_groups,
+            config=config,
+        ),
         flops=p.flops,
         bytes_moved=p.bytes_moved(scales),
         config=dataclasses.asdict(config),
@@ -205,7 +208,7 @@ def block_contenders(
     gate_up: ExpertProduct, down: ExpertProduct
 ) -> Iterator[tuple[str, Contender]]:
     """The ways to do all of an expert layer behind the router's product, by name."""
-    scales: ExpertScales | None
+    scales: WeightGranularity | None
     for scales in (None, "tensor", "block"):
         weights = gate_up.stack_bytes(scales) + down.stack_bytes(scales)
         yield (
@@ -314,7 +317,7 @@ def _plain_operands(
 
 
 def _quantized_operands(
-    key: jax.Array, *, p: ExpertProduct, scales: ExpertScales
+    key: jax.Array, *, p: ExpertProduct, scales: WeightGranularity
 ) -> tuple[Any, ...]:
     of_x, of_w = jax.random.split(key)
     x = random_operand(of_x, (p.rows_of_x, p.k), "float8_e4m3fn")
@@ -329,13 +332,11 @@ def _quantized_operands(
 @functools.partial(jax.jit, static_argnums=0)
 def _work_lists(p: ExpertProduct, sizes: jax.Array) -> dict[int, jax.Array]:
     """By slots a tile: what a model's routing hands to the kernel."""
-    problem = functools.partial(GroupedProblem, p.slots, p.experts, p.n, p.k, p.row_groups)
-    configs = (Config(block_m=size, block_n=BLOCK, block_k=BLOCK) for size in TILE_SIZES)
-    return {config.block_m: work_list(problem(config), sizes) for config in configs}
+    return {block_m: work_list(sizes, p.slots, block_m) for block_m in TILE_SIZES}
 
 
 def _block_operands(
-    key: jax.Array, *, gate_up: ExpertProduct, down: ExpertProduct, scales: ExpertScales | None
+    key: jax.Array, *, gate_up: ExpertProduct, down: ExpertProduct, scales: WeightGranularity | None
 ) -> tuple[Any, ...]:
     keys = jax.random.split(key, 3)
     logits = np.full((gate_up.tokens, gate_up.experts), -8.0)
@@ -351,7 +352,9 @@ def _block_operands(
     )
 
 
-def _stack(key: jax.Array, p: ExpertProduct, scales: ExpertScales | None) -> jax.Array | QArray:
+def _stack(
+    key: jax.Array, p: ExpertProduct, scales: WeightGranularity | None
+) -> jax.Array | QArray:
     shape = (p.experts, p.n, p.k)
     if scales is None:
         return random_operand(key, shape, "bfloat16")
@@ -374,7 +377,7 @@ def _ragged(
 def _loop(
     x: jax.Array, w: jax.Array, sizes: jax.Array, per_slot: jax.Array, *, gathered: bool
 ) -> jax.Array:
-    return grouped_matmul_reference(x, w, sizes, **slot_arguments(per_slot, gathered=gathered))
+    return grouped_matmul_reference(x, w, slots_of(sizes, per_slot, gathered=gathered))
 
 
 def _kernel(
@@ -387,39 +390,46 @@ def _kernel(
     work: dict[int, jax.Array],
     *,
     gathered: bool,
+    granularity: WeightGranularity,
     row_groups: int,
     config: Config,
 ) -> jax.Array:
-    options = {"row_groups": row_groups, "config": config, "interpret": not current_device_kind()}
-    options |= slot_arguments(per_slot, gathered=gathered)
+    slots = slots_of(sizes, per_slot, gathered=gathered)
+    slots = dataclasses.replace(slots, work=work[config.block_m], block_m=config.block_m)
     return grouped_scaled_matmul_triton(
-        x, x_scale, w, w_scale, sizes, work=work[config.block_m], **options
+        x,
+        x_scale,
+        w,
+        w_scale,
+        slots,
+        granularity=granularity,
+        row_groups=row_groups,
+        config=config,
+        interpret=current_gpu() is None,
     )
 
 
-def slot_arguments(per_slot: jax.Array, *, gathered: bool) -> dict[str, Any]:
-    """What a slot brings along, as the grouped products take it."""
-    return {"rows": per_slot} if gathered else {"row_weight": per_slot}
+def slots_of(sizes: jax.Array, per_slot: jax.Array, *, gathered: bool) -> Slots:
+    """Slots as the grouped products take them, with what each brings along."""
+    return Slots(sizes, row=per_slot) if gathered else Slots(sizes, weight=per_slot)
 
 
 def _block(x: jax.Array, logits: jax.Array, gate_up: Any, down: Any, *, top_k: int) -> jax.Array:
-    (experts, rows, hidden), on_gpu = gate_up.shape, bool(current_device_kind())
-    config = moe.MoEConfig(
+    experts, rows, hidden = gate_up.shape
+    config = MoEConfig(
         num_experts=experts,
         top_k=top_k,
         intermediate_size=rows // 2,
         softmax_over="all",
-        renormalise="yes",
+        renormalise=True,
         weight_dtype="float32",
         names=(),
     )
-    layer = moe.Experts(config, hidden, dtype=x.dtype)
+    layer = Experts(config, hidden, dtype=x.dtype.name)
     layer.gate_up_proj, layer.down_proj = nnx.data(gate_up), nnx.data(down)
-    implementation: ops.Implementation = "auto" if on_gpu else "triton"
-    with contextlib.nullcontext() if on_gpu else interpreted_kernels():
-        slots = moe.assign(logits, config, valid=None, stack=gate_up, implementation=implementation)
-        out = layer.on_slots(x, slots, implementation=implementation)
-    return out.total() if isinstance(out, ops.PartialSums) else out
+    choice = choose("auto" if current_gpu() is not None else "triton_interpreted")
+    slots = route(logits, config.rule("float32"), gate_up, implementation=choice)
+    return total(layer(x, slots, implementation=choice))
 
 
 if __name__ == "__main__":

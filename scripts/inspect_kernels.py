@@ -93,14 +93,14 @@ def cases(op: str, model: str, device: str, m: int) -> Iterator[Case]:
         if model in EXPERT_SHAPES:
             yield from expert_cases(op, model, device, m)
     elif op in _MATMULS:
-        kind = TARGETS[device].name
+        gpu = TARGETS[device]
         for layer, (n, k) in LINEAR_SHAPES[model].items():
             arguments: dict[str, Any] = {"op": op, "m": m, "n": n, "k": k}
-            if entry := tuning.nearest(tuning.load(kind, op), {"m": m, "n": n, "k": k}):
+            if entry := tuning.nearest(tuning.load(gpu.kind, op), {"m": m, "n": n, "k": k}):
                 config: Any = dict(entry.config)
                 arguments["config"] = config
             else:
-                config = _MATMULS[op].default_config(kind, m, n, k)
+                config = _MATMULS[op].default_config(gpu, m, n, k)
             program = "fp8jax.devtools.offline_programs:matmul"
             yield Case(op, f"{layer} [{m}, {k}] × [{n}, {k}]", program, arguments, config)
     elif op in _QUANTIZERS:
@@ -125,7 +125,7 @@ def cases(op: str, model: str, device: str, m: int) -> Iterator[Case]:
         config = rope_cache.default_config()
         if op == "decode_attention":
             config = decode_attention.default_config(
-                m, widths["kv_heads"], _CACHE_LENGTH, widths["d"], jnp.bfloat16
+                TARGETS[device], m, widths["kv_heads"], _CACHE_LENGTH, widths["d"], jnp.bfloat16
             )
         shape = f"batch {m}, {widths['h']}/{widths['kv_heads']} heads of {widths['d']}, cache {_CACHE_LENGTH}"
         yield Case(op, shape, f"{here}:{op}_program", {"m": m, "model": model}, config)
@@ -134,7 +134,7 @@ def cases(op: str, model: str, device: str, m: int) -> Iterator[Case]:
 def expert_cases(op: str, model: str, device: str, tokens: int) -> Iterator[Case]:
     """The same for the experts of a model."""
     num_experts, top_k = EXPERT_SHAPES[model]["experts"]
-    kind, slots = TARGETS[device].name, tokens * top_k
+    gpu, slots = TARGETS[device], tokens * top_k
     routed = f"{tokens} tokens × {top_k} of {num_experts} experts"
     if op == "route_experts":
         if expert_routing.why_not(tokens, num_experts, top_k, jnp.bfloat16) is None:
@@ -157,7 +157,7 @@ def expert_cases(op: str, model: str, device: str, tokens: int) -> Iterator[Case
                 **stack,
             }
             config = grouped_matmul.default_config(
-                kind, slots, num_experts, n, k, row_groups=row_groups, scales=scales
+                gpu, slots, num_experts, n, k, row_groups=row_groups, scales=scales
             )
             shape = {
                 "slots": slots,
@@ -167,7 +167,7 @@ def expert_cases(op: str, model: str, device: str, tokens: int) -> Iterator[Case
                 "row_groups": row_groups,
                 "scales": scales,
             }
-            if entry := tuning.nearest(tuning.load(kind, op), shape):
+            if entry := tuning.nearest(tuning.load(gpu.kind, op), shape):
                 arguments["config"] = dict(entry.config)
                 config = Config(**entry.config)
             problem = GroupedProblem(slots, num_experts, n, k, row_groups, config)
@@ -454,7 +454,7 @@ def main(
     if reason := available():
         raise SystemExit(f"inspect_kernels: {reason}")
     console = Console(width=180)
-    content: dict[str, Any] = {"device": TARGETS[device].name, "versions": benchmarking.versions()}
+    content: dict[str, Any] = {"device": TARGETS[device].kind, "versions": benchmarking.versions()}
     models = model.split(",")
     if step:
         try:
@@ -491,7 +491,7 @@ def main(
             device, op.split(","), models, [int(part) for part in m.split(",")]
         )
         console.print(
-            render(content["kernels"], f"kernels on {TARGETS[device].name}, compiled offline")
+            render(content["kernels"], f"kernels on {TARGETS[device].kind}, compiled offline")
         )
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)

@@ -25,10 +25,10 @@ from safetensors.numpy import save_file
 
 from fp8jax.checkpoints.folder import Checkpoint, CheckpointError
 from fp8jax.models import read_decoder_config
-from fp8jax.models.expert_names import PER_EXPERT
+from fp8jax.models.config import ExpertNames
 from fp8jax.models.granitemoe import NAMES as GRANITE_NAMES
 from fp8jax.models.mixtral import NAMES as MIXTRAL_NAMES
-from fp8jax.models.moe import ExpertNames
+from fp8jax.models.names import PER_EXPERT
 
 Mode = Literal["split", "copies"]
 Layout = Literal["mixtral", "granitemoe", "qwen3_moe"]

@@ -22,11 +22,11 @@ import benchmark_matmul
 import benchmark_moe
 import jax
 
+from fp8jax.device import Gpu
 from fp8jax.devtools.benchmarking import Contender
 from fp8jax.pallas_kernels import block_scaled_matmul, grouped_matmul, scaled_matmul
-from fp8jax.pallas_kernels.formats import BLOCK
-from fp8jax.pallas_kernels.grouped_matmul import ExpertScales
-from fp8jax.pallas_kernels.matmul_config import Config, architecture
+from fp8jax.pallas_kernels.formats import BLOCK, WeightGranularity
+from fp8jax.pallas_kernels.matmul_config import Config
 
 DenseOp = Literal["scaled_matmul", "block_scaled_matmul"]
 OPS = ("scaled_matmul", "block_scaled_matmul", "grouped_scaled_matmul")
@@ -49,7 +49,7 @@ class Case(Protocol):
         """As the tuned table names it."""
         ...
 
-    def candidates(self, device_kind: str) -> list[Config]:
+    def candidates(self, gpu: Gpu) -> list[Config]:
         """The default config and, behind it, what is worth timing."""
         ...
 
@@ -84,10 +84,10 @@ class DenseCase:
     def shape(self) -> dict[str, int | str]:
         return {"m": self.m, "n": self.n, "k": self.k}
 
-    def candidates(self, device_kind: str) -> list[Config]:
+    def candidates(self, gpu: Gpu) -> list[Config]:
         m, k, block = self.m, self.k, self.op == "block_scaled_matmul"
         default = (block_scaled_matmul if block else scaled_matmul).default_config(
-            device_kind, m, self.n, k
+            gpu, m, self.n, k
         )
         if m <= 64:
             splits = {
@@ -138,7 +138,7 @@ class ExpertCase:
     """A product of sorted slots with a stack of experts."""
 
     product: benchmark_moe.ExpertProduct
-    scales: ExpertScales
+    scales: WeightGranularity
 
     @property
     def op(self) -> str:
@@ -148,10 +148,10 @@ class ExpertCase:
     def shape(self) -> dict[str, int | str]:
         return self.product.tuned_shape(self.scales)
 
-    def candidates(self, device_kind: str) -> list[Config]:
+    def candidates(self, gpu: Gpu) -> list[Config]:
         p, block = self.product, self.scales == "block"
         default = grouped_matmul.default_config(
-            device_kind, p.slots, p.experts, p.n, p.k, row_groups=p.row_groups, scales=self.scales
+            gpu, p.slots, p.experts, p.n, p.k, row_groups=p.row_groups, scales=self.scales
         )
         share = -(-p.slots // p.experts)
         choices = {
@@ -174,7 +174,7 @@ class ExpertCase:
                 if _fills_registers(c)
             ]
         # Hopper and Blackwell want 64 rows on the left, Ada 16: see `matmul_config`.
-        swaps = architecture(device_kind) != "ada"
+        swaps = gpu.architecture != "ada"
         found = [dataclasses.replace(c, swap_operands=swaps and c.block_m <= 32) for c in found]
         found = [
             c
@@ -188,10 +188,16 @@ class ExpertCase:
         return benchmark_moe.kernel(self.product, self.scales)
 
     def reference(self, *operands: Any) -> jax.Array:
-        *tensors, per_slot, _work = operands
-        options = benchmark_moe.slot_arguments(per_slot, gathered=self.product.gathered)
+        x, x_scale, w, w_scale, sizes, per_slot, _work = operands
+        slots = benchmark_moe.slots_of(sizes, per_slot, gathered=self.product.gathered)
         return grouped_matmul.grouped_scaled_matmul_reference(
-            *tensors, row_groups=self.product.row_groups, **options
+            x,
+            x_scale,
+            w,
+            w_scale,
+            slots,
+            granularity=self.scales,
+            row_groups=self.product.row_groups,
         )
 
     def program(self, config: Config) -> tuple[str, dict[str, Any]]:
@@ -232,7 +238,7 @@ def cases_of(
     experts = [
         name for name in names if name in benchmark_moe.SHAPES and "grouped_scaled_matmul" in ops
     ]
-    scales: tuple[ExpertScales, ...] = ("tensor", "block")
+    scales: tuple[WeightGranularity, ...] = ("tensor", "block")
     for t, name, layer, of_weights in itertools.product(
         tokens, experts, ("gate_up", "down"), scales
     ):

@@ -32,10 +32,11 @@ import typer
 from benchmark_matmul import parts
 from tunable_ops import OPS, SHAPES, Case, cases_of
 
-from fp8jax.devtools import benchmarking
+from fp8jax.device import H100, Gpu, current_gpu, gpu_named
+from fp8jax.devtools import benchmarking, tuned_tables
 from fp8jax.devtools.benchmarking import Deadline, ResultFile
 from fp8jax.devtools.offline_compile import OfflineCompileError, OfflineCompiler, available
-from fp8jax.devtools.offline_targets import TARGETS, Target
+from fp8jax.devtools.offline_targets import TARGETS
 from fp8jax.pallas_kernels import tuning
 from fp8jax.pallas_kernels.matmul_config import Config
 
@@ -48,12 +49,11 @@ _FAILURES = (
 )  # of a config that cannot be compiled or run
 
 
-def fits(config: Config, target: Target) -> bool:
+def fits(config: Config, gpu: Gpu) -> bool:
     """Whether the tiles in flight fit into shared memory; known without compiling."""
-    stages = config.num_stages if target.capability >= (9, 0) else config.num_stages - 1
+    stages = config.num_stages if gpu.capability >= (9, 0) else config.num_stages - 1
     return (
-        stages * (config.block_m + config.block_n) * config.block_k + 1024
-        <= target.shared_per_block
+        stages * (config.block_m + config.block_n) * config.block_k + 1024 <= gpu.shared_per_block
     )
 
 
@@ -62,20 +62,20 @@ def make_plan(device: str, cases: list[Case], deadline: Deadline) -> dict[str, A
 
     Sizes hardly change a kernel's registers, so each tile is compiled once; see `Case.tile`.
     """
-    target, sound, planned = TARGETS[device], {}, []
+    gpu, sound, planned = TARGETS[device], {}, []
     with OfflineCompiler() as compiler:
         for case in cases:
             kept = []
-            for config in case.candidates(target.name):
+            for config in case.candidates(gpu):
                 tile = case.tile(config)
                 if tile not in sound:
                     if deadline.passed:
-                        return {"device": target.name, "cases": planned}
-                    sound[tile] = fits(config, target) and _sound(compiler, device, case, config)
+                        return {"device": gpu.kind, "cases": planned}
+                    sound[tile] = fits(config, gpu) and _sound(compiler, device, case, config)
                 if sound[tile]:
                     kept.append(dataclasses.asdict(config))
             planned.append({**_fields(case), "candidates": kept})
-    return {"device": target.name, "cases": planned}
+    return {"device": gpu.kind, "cases": planned}
 
 
 def _sound(compiler: OfflineCompiler, device: str, case: Case, config: Config) -> bool:
@@ -99,7 +99,7 @@ def tune(
 ) -> int:
     """Time the cases that are not in the tables yet; returns how many were finished."""
     kind = jax.devices()[0].device_kind
-    config_kind = kind if jax.default_backend() == "gpu" else TARGETS["h100"].name
+    gpu = current_gpu() or H100
     planned = {}
     for case in plan["cases"] if plan else ():
         planned[_key({name: value for name, value in case.items() if name != "candidates"})] = case[
@@ -111,13 +111,13 @@ def tune(
         if any(entry.shape == case.shape for entry in tuning.load(kind, op, folder=folder)):
             continue
         listed = planned.get(_key(_fields(case)))
-        configs = case.candidates(config_kind) if listed is None else [Config(**c) for c in listed]
+        configs = case.candidates(gpu) if listed is None else [Config(**c) for c in listed]
         entry = _tune_one(case, configs, results, deadline, most=most, samples=samples)
         if entry is None:  # out of time, or nothing ran
             if deadline.passed:
                 break
             continue
-        tuning.save(kind, op, [*tuning.load(kind, op, folder=folder), entry], folder=folder)
+        tuned_tables.save(kind, op, [*tuning.load(kind, op, folder=folder), entry], folder=folder)
         finished += 1
         timed = f"{entry.microseconds:.1f} us ({entry.implementation}) with {dict(entry.config)}"
         print(f"{op} {dict(case.shape)}: {timed}", flush=True)
@@ -135,11 +135,10 @@ def _tune_one(
 ) -> tuning.Entry | None:
     """The winner for one shape, None where time ran out."""
     contender = case.contender
-    operand_sets, l2 = contender.operand_sets(
-        device := benchmarking.limits(results.header["device"])
-    )
+    gpu = gpu_named(results.header["device"])
+    operand_sets, l2 = contender.operand_sets(gpu)
     time_calls = functools.partial(
-        benchmarking.time_calls, operand_sets=operand_sets, l2=l2, rounds=2 if device else 1
+        benchmarking.time_calls, operand_sets=operand_sets, l2=l2, rounds=2 if gpu else 1
     )
 
     def run_of(config: Config) -> Callable[..., Any]:

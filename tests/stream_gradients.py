@@ -1,6 +1,7 @@
 """The loss of a model over known tokens, and its gradient with respect to the residual stream
 before every layer."""
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -9,7 +10,9 @@ import numpy as np
 
 from fp8jax.models.layers import Step
 from fp8jax.models.rotary_embedding import cos_sin
-from fp8jax.ops.fused import times
+from fp8jax.ops.choice import choose
+from fp8jax.ops.values import Reads, Stream
+from fp8jax.pallas_kernels.rms_norm_quantize import times
 
 
 def cross_entropy(logits: jax.Array, token_ids: jax.Array) -> jax.Array:
@@ -24,14 +27,12 @@ def loss_with(model: Any, added_to_stream: jax.Array, token_ids: jax.Array) -> j
     config, decoder = model.config, model.model
     positions = jnp.broadcast_to(jnp.arange(token_ids.shape[1], dtype=jnp.int32), token_ids.shape)
     cos, sin = cos_sin(config.rope, positions)
-    step = Step(positions, cos, sin, None, "fresh", model.implementation)
-    x, added = times(decoder.embed_tokens(token_ids), config.embedding_multiplier), None
+    step = Step(positions, cos, sin, None, continues=False, choice=choose(model.implementation))
+    stream = Stream(times(decoder.embed_tokens(token_ids), config.embedding_multiplier))
     for layer, more in zip(decoder.layers, added_to_stream[:-1], strict=True):
-        x, added, _ = layer(x + more, added, step, None)
-    multiplier = config.residual_multiplier
-    y, _ = decoder.norm.after_adding(
-        x + added_to_stream[-1], added, step, multiplier=multiplier, reader=None
-    )
+        stream, _ = layer(replace(stream, value=stream.value + more), step, None)
+    last = replace(stream, value=stream.value + added_to_stream[-1])
+    y, _ = decoder.norm.settle(last, step, Reads())
     return cross_entropy(model.logits(y), token_ids)
 
 

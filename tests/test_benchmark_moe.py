@@ -132,7 +132,7 @@ def test_a_token_goes_to_different_experts_and_a_skewed_routing_prefers_the_firs
         assert chosen.min() >= 0 and chosen.max() < 64
     of_first = {routing: int((chosen == 0).sum()) for routing, chosen in drawn.items()}
     assert of_first["same"] == 200
-    # Expected are 200 Â· 4/64 = 12.5, standard deviation 3.4; and with 1/j of Σ1/j = 4.74 in the
+    # Expected are 200 · 4/64 = 12.5, standard deviation 3.4; and with 1/j of Σ1/j = 4.74 in the
     # first draw alone 42.
     assert of_first["uniform"] < 30 < 42 < of_first["zipf"]
     assert np.unique(drawn["same"]).tolist() == [0, 1, 2, 3]
@@ -344,14 +344,14 @@ def test_candidates_for_experts_begin_with_the_default_and_are_what_the_kernel_t
     script, device, scales
 ):
     tunable, benchmark = script("tunable_ops"), script("benchmark_moe")
-    kind = TARGETS[device].name
+    gpu = TARGETS[device]
     for name, layer, tokens in itertools.product(
         benchmark.EXPERT_SHAPES, ("gate_up", "down"), (1, 16, 64, 256, 2048)
     ):
         p = benchmark.product_of(name, layer, tokens)
-        found = tunable.ExpertCase(p, scales).candidates(kind)
+        found = tunable.ExpertCase(p, scales).candidates(gpu)
         default = grouped_matmul.default_config(
-            kind, p.slots, p.experts, p.n, p.k, row_groups=p.row_groups, scales=scales
+            gpu, p.slots, p.experts, p.n, p.k, row_groups=p.row_groups, scales=scales
         )
         assert found[0] == default
         assert 5 <= len(found) == len(set(found))
@@ -386,7 +386,7 @@ def test_a_plan_keeps_the_configs_that_compile_well_and_tuning_takes_no_others(
     plan = tmp_path / "plan.json"
     tune.main(**tune_options(tmp_path, device="h100", plan=plan))
     printed = last_json(capsys)
-    assert (printed["device"], printed["cases"]) == (TARGETS["h100"].name, 2)
+    assert (printed["device"], printed["cases"]) == (TARGETS["h100"].kind, 2)
     assert {program for program, _ in asked} == {"fp8jax.devtools.offline_programs:grouped_matmul"}
     assert len({json.dumps(arguments, sort_keys=True) for _, arguments in asked}) == len(asked)
     tune.main(**tune_options(tmp_path, plan=plan, most=1))

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from strict_memory import strict_memory
 
+from fp8jax.device import H100
 from fp8jax.pallas_kernels import quantize
 from fp8jax.pallas_kernels.decode_attention import (
     Config,
@@ -184,7 +185,7 @@ def test_the_quantizing_form_gives_the_codes_of_the_plain_one(shape, granularity
     ],
 )
 def test_default_splits_fill_a_gpu_but_keep_128_keys_each(b, kv_heads, s, splits):
-    chosen = default_config(b, kv_heads, s, 128, "bfloat16")
+    chosen = default_config(H100, b, kv_heads, s, 128, "bfloat16")
     chosen.check()
     assert chosen.splits == splits
 

@@ -1,9 +1,10 @@
-"""The routing kernel in interpret mode against `route`, `sort_by_expert` and `work_list`, which
-tests/test_moe.py proves.
+"""The routing kernel in interpret mode against its reference, whose parts tests/test_moe.py
+proves.
 
 Integers must be equal; so must weights, but for what exp and a division leave open in float32.
 """
 
+import dataclasses
 import functools
 
 import hypothesis
@@ -15,19 +16,35 @@ import numpy as np
 import pytest
 from strict_memory import strict_memory
 
-from fp8jax.models.moe import MoEConfig, route, sort_by_expert
 from fp8jax.pallas_kernels import expert_routing
-from fp8jax.pallas_kernels.expert_routing import Rule, route_experts_triton
-from fp8jax.pallas_kernels.grouped_matmul_kernel import GroupedProblem, work_list
-from fp8jax.pallas_kernels.matmul_config import Config
+from fp8jax.pallas_kernels.expert_routing import (
+    Rule,
+    route_experts_reference,
+    route_experts_triton,
+)
 
 # The families: Mixtral; Qwen3-MoE and OLMoE with and without norm_topk_prob; GraniteMoE.
 FAMILIES = [
-    ("all", "yes", "float32"),
-    ("all", "yes", "activation"),
-    ("all", "no", "activation"),
-    ("chosen", "no", "activation"),
+    ("all", True, "float32"),
+    ("all", True, "activation"),
+    ("all", False, "activation"),
+    ("chosen", False, "activation"),
 ]
+
+
+def rule_of(family, top_k: int, dtype: str) -> Rule:
+    softmax_over, renormalise, weight_dtype = family
+    return Rule(
+        top_k=top_k,
+        softmax_over=softmax_over,
+        renormalise=renormalise,
+        weight_dtype=dtype if weight_dtype == "activation" else "float32",
+    )
+
+
+def name_of(family) -> str:
+    softmax_over, renormalise, weight_dtype = family
+    return f"{softmax_over}{'-renormalised' if renormalise else ''}-{weight_dtype}"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -37,40 +54,23 @@ def checked_memory():
 
 
 def check(logits: jax.Array, top_k: int, block_m: int, family=FAMILIES[1], valid=None) -> None:
-    softmax_over, renormalise, weight_dtype = family
-    (t, e), name = logits.shape, logits.dtype.name if weight_dtype == "activation" else "float32"
-    config = MoEConfig(
-        num_experts=e,
-        top_k=top_k,
-        intermediate_size=8,
-        softmax_over=softmax_over,
-        renormalise=renormalise,
-        weight_dtype=weight_dtype,
-        names=(),
-    )
+    rule = rule_of(family, top_k, logits.dtype.name)
     valid = None if valid is None else jnp.asarray(valid)
-    expected = sort_by_expert(*route(logits, config), e, valid)
-    rule = Rule(top_k, softmax_over, renormalise, name)
-    row, out_row, weight, sizes, work = route_experts_triton(
-        logits, rule, block_m, valid=valid, interpret=True
-    )
-    np.testing.assert_array_equal(row, expected.row)
-    np.testing.assert_array_equal(out_row, expected.out_row)
-    np.testing.assert_array_equal(sizes, expected.sizes)
+    expected = route_experts_reference(logits, rule, block_m, valid=valid)
+    found = route_experts_triton(logits, rule, block_m, valid=valid, interpret=True)
+    for name in ("row", "out_row", "sizes", "block_m"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name), err_msg=name)
     # exp, a sum and two divisions; where weights are rounded, one step of the narrower dtype.
-    tolerance = max(2.0**-20, float(jnp.finfo(name).eps)) if name != "float32" else 2.0**-20
-    np.testing.assert_allclose(weight, expected.weight, rtol=tolerance)
-    np.testing.assert_array_equal(
-        weight, np.asarray(weight.astype(name), np.float32)
-    )  # rounded to that dtype
-    problem = GroupedProblem(
-        t * top_k, e, 64, 64, 1, Config(block_m=block_m, block_n=64, block_k=128)
-    )
-    wanted, works = np.asarray(work_list(problem, expected.sizes)), np.asarray(work)[3] == 1
-    np.testing.assert_array_equal(np.asarray(work)[1:], wanted[1:])
-    np.testing.assert_array_equal(
-        np.asarray(work)[0][works], wanted[0][works]
-    )  # without an expert, any number will do
+    dtype, weight = rule.weight_dtype, np.asarray(found.weight)
+    tolerance = max(2.0**-20, float(jnp.finfo(dtype).eps)) if dtype != "float32" else 2.0**-20
+    np.testing.assert_allclose(weight, np.asarray(expected.weight), rtol=tolerance)
+    rounded = np.asarray(jnp.asarray(weight, dtype), np.float32)
+    np.testing.assert_array_equal(weight, rounded)
+    work, wanted = np.asarray(found.work), np.asarray(expected.work)
+    np.testing.assert_array_equal(work[1:], wanted[1:])
+    # Without an expert, any number will do.
+    has_expert = wanted[3] == 1
+    np.testing.assert_array_equal(work[0][has_expert], wanted[0][has_expert])
 
 
 def normal(seed: int, *shape: int, dtype="float32") -> jax.Array:
@@ -114,27 +114,27 @@ def test_of_equal_logits_the_lower_expert_is_taken(logits, family):
     check(jnp.asarray(logits), 3, 16, family)
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: "-".join(family))
+@pytest.mark.parametrize("family", FAMILIES, ids=name_of)
 def test_whatever_the_logits_are_every_slot_is_written_once(family):
     """NaN and infinities give nonsense for their own token, and places inside the arrays for
     all."""
     logits = np.array(normal(3, 6, 7))
     logits[0], logits[1, 2], logits[2, 3], logits[3, 4] = np.nan, np.nan, np.inf, -np.inf
-    softmax_over, renormalise, _ = family
-    rule = Rule(3, softmax_over, renormalise, "float32")
+    rule = rule_of(family, 3, "float32")
     run = functools.partial(route_experts_triton, rule=rule, block_m=16, interpret=True)
-    row, out_row, weight, sizes, work = run(jnp.asarray(logits))
-    assert sorted(np.asarray(out_row)) == list(range(18))
-    assert np.sum(sizes) == 18 and np.min(sizes) >= 0
-    assert (np.asarray(row) == np.asarray(out_row) % 6).all()
-    first, end, works = np.asarray(work)[1:]
-    assert sum(end[works == 1] - first[works == 1]) == 18
-    clean = np.isin(row, [4, 5])
+    slots = run(jnp.asarray(logits))
+    row, out_row = np.asarray(slots.row), np.asarray(slots.out_row)
+    assert sorted(out_row) == list(range(18))
+    assert np.sum(slots.sizes) == 18 and np.min(slots.sizes) >= 0
+    assert (row == out_row % 6).all()
+    first, end, has_expert = np.asarray(slots.work)[1:]
+    assert sum(end[has_expert == 1] - first[has_expert == 1]) == 18
+
+    def clean(slots) -> list[float]:
+        return sorted(np.asarray(slots.weight)[np.isin(slots.row, [4, 5])])
+
     logits[:4] = 0
-    row_again, _, weight_again, _, _ = run(jnp.asarray(logits))
-    assert sorted(np.asarray(weight)[clean]) == sorted(
-        np.asarray(weight_again)[np.isin(row_again, [4, 5])]
-    )
+    assert clean(slots) == clean(run(jnp.asarray(logits)))
 
 
 def test_what_does_not_fit_is_refused_with_its_reason():
@@ -146,25 +146,21 @@ def test_what_does_not_fit_is_refused_with_its_reason():
     ):
         assert reason in (expert_routing.why_not(t, e, top_k, dtype) or "")
     assert expert_routing.why_not(64, 128, 8, "bfloat16") is None
+    rule = rule_of(FAMILIES[2], 8, "float32")
     with pytest.raises(NotImplementedError, match="65 tokens"):
-        route_experts_triton(
-            jnp.zeros((65, 128)), Rule(8, "all", "no", "float32"), 16, interpret=True
-        )
+        route_experts_triton(jnp.zeros((65, 128)), rule, 16, interpret=True)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: "-".join(family))
+@pytest.mark.parametrize("family", FAMILIES, ids=name_of)
 @pytest.mark.parametrize("t, e, top_k", [(1, 32, 8), (16, 128, 8), (64, 128, 8), (5, 8, 2)])
 def test_routing_on_a_gpu(t, e, top_k, family):
     logits = normal(t, t, e, dtype="bfloat16")
-    softmax_over, renormalise, _ = family
-    run = functools.partial(
-        route_experts_triton, rule=Rule(top_k, softmax_over, renormalise, "bfloat16"), block_m=16
-    )
+    rule = dataclasses.replace(rule_of(family, top_k, "bfloat16"), weight_dtype="bfloat16")
+    run = functools.partial(route_experts_triton, rule=rule, block_m=16)
     found, expected = run(logits), jax.jit(functools.partial(run, interpret=True))(logits)
-    for name, one, other in zip(
-        ("row", "out_row", "weight", "sizes", "work"), found, expected, strict=True
-    ):
+    for name in ("row", "out_row", "weight", "sizes", "work"):
+        one, other = getattr(found, name), getattr(expected, name)
         if name == "weight":  # exp2 and division are approximate: one step of bfloat16
             np.testing.assert_allclose(one, other, rtol=2**-7)
         else:

@@ -9,6 +9,7 @@ import importlib
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -16,8 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fp8jax.device import H100
 from fp8jax.devtools import benchmarking, offline_compile
-from fp8jax.devtools.benchmarking import Limits, ResultFile
+from fp8jax.devtools.benchmarking import ResultFile
 from fp8jax.devtools.offline_programs import EXPERT_SHAPES
 from fp8jax.devtools.offline_targets import TARGETS
 from fp8jax.models import CausalLM
@@ -52,30 +54,14 @@ def test_every_call_of_a_timing_gets_its_own_operands_and_really_runs():
 
 
 def test_operands_come_round_only_after_twice_the_cache():
-    h100 = benchmarking.limits("NVIDIA H100 80GB HBM3")
-    assert h100 is not None
-    count, l2 = benchmarking.sets_needed(16 * 2**20, h100)
+    count, l2 = benchmarking.sets_needed(16 * 2**20, H100)
     assert (l2, (count - 1) * 16 * 2**20 >= 2 * 50 * 2**20) == ("cold", True)
-    assert benchmarking.sets_needed(2**30, h100) == (2, "cold")
-    assert benchmarking.sets_needed(4096, h100)[1] == "warm"  # 25 000 sets would be needed
-
-
-def test_devices_are_told_apart_by_the_most_specific_part_of_their_name():
-    bandwidths = [
-        benchmarking.limits(kind)
-        for kind in ("NVIDIA H100 PCIe", "NVIDIA H100 80GB HBM3", "NVIDIA L40S", "NVIDIA L4")
-    ]
-    assert [found and found.bandwidth for found in bandwidths] == [
-        2.0e12,
-        3.35e12,
-        0.864e12,
-        0.3e12,
-    ]
-    assert benchmarking.limits("cpu") is None
+    assert benchmarking.sets_needed(2**30, H100) == (2, "cold")
+    assert benchmarking.sets_needed(4096, H100)[1] == "warm"  # 25 000 sets would be needed
 
 
 def test_the_roofline_is_the_slower_of_arithmetic_and_memory():
-    device = Limits(bandwidth=1e12, bf16_flops=1e14, fp8_flops=2e14, l2_bytes=1)
+    device = replace(H100, bandwidth=1e12, bf16_flops=1e14, fp8_flops=2e14)
     assert benchmarking.floor_microseconds(
         device, flops=1e9, bytes_moved=1e7, operands="fp8"
     ) == pytest.approx(10)
@@ -85,6 +71,11 @@ def test_the_roofline_is_the_slower_of_arithmetic_and_memory():
     assert benchmarking.floor_microseconds(
         device, flops=1e10, bytes_moved=1e7, operands="bf16"
     ) == pytest.approx(100)
+    for unknown in (None, replace(device, bandwidth=None), replace(device, fp8_flops=None)):
+        assert (
+            benchmarking.floor_microseconds(unknown, flops=1e9, bytes_moved=1e7, operands="fp8")
+            is None
+        )
 
 
 def test_results_are_continued_on_the_same_device_only(tmp_path):
@@ -271,11 +262,11 @@ def test_times_of_a_cpu_do_not_get_into_the_packaged_tables(script, tmp_path):
 @pytest.mark.parametrize("m", [1, 64, 65, 4096])
 @pytest.mark.parametrize("device", ["h100", "l40"])
 def test_candidates_begin_with_the_default_and_keep_its_accuracy(script, op, m, device):
-    kind = TARGETS[device].name
+    gpu = TARGETS[device]
     module = importlib.import_module(f"fp8jax.pallas_kernels.{op}")
     for k in (4096, 14336):
-        found = script("tunable_ops").DenseCase(op, m, 4096, k).candidates(kind)
-        default = module.default_config(kind, m, 4096, k)
+        found = script("tunable_ops").DenseCase(op, m, 4096, k).candidates(gpu)
+        default = module.default_config(gpu, m, 4096, k)
         assert found[0] == default
         assert len(found) == len(set(found)) > 10
         for config in found:
@@ -437,7 +428,7 @@ def test_inspection_reports_registers_and_instructions_of_kernels(script, tmp_pa
         )
     )
     found = json.loads(path.read_text())
-    assert found["device"] == TARGETS["h100"].name
+    assert found["device"] == TARGETS["h100"].kind
     kernels = {row["name"]: row for row in found["kernels"]}
     expected = {"scaled_matmul", "silu_mul_quantize_token", "silu_mul_quantize_group", "rope_cache"}
     assert set(kernels) == expected | {"decode_attention", "decode_attention_merge"}

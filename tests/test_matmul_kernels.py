@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from fp8jax.device import GPUS, H100, gpu_named, required_gpu
 from fp8jax.pallas_kernels import block_scaled_matmul, matmul_config, matmul_tiles, scaled_matmul
 from fp8jax.pallas_kernels.block_scaled_matmul import (
     block_scaled_matmul_reference,
@@ -294,14 +295,14 @@ def test_no_rows_give_no_rows():
 
 
 @pytest.mark.parametrize("m", [1, 40, 100, 2000])
-@pytest.mark.parametrize("device_kind", ["NVIDIA H200", "NVIDIA L40S", "NVIDIA B200"])
-def test_default_configs_fit_the_kernels(device_kind, m):
+@pytest.mark.parametrize("gpu", [gpu for gpu in GPUS if gpu.name in ("H200", "L40S", "B200")])
+def test_default_configs_fit_the_kernels(gpu, m):
     for n, k in ((4096, 4096), (7168, 18432), (576, 7168), (100, 200)):
         for module in (scaled_matmul, block_scaled_matmul):
-            config = module.default_config(device_kind, m, n, k)
+            config = module.default_config(gpu, m, n, k)
             config.check()
             operands = (config.block_m + config.block_n) * config.block_k
-            if "L40" in device_kind:
+            if gpu.architecture == "ada":
                 assert (config.num_stages - 1) * operands <= 101376  # shared memory of an Ada block
             else:
                 assert (
@@ -314,25 +315,23 @@ def test_default_configs_fit_the_kernels(device_kind, m):
             if module is block_scaled_matmul:
                 assert config.block_k == BLOCK
                 assert config.promotion == "none"
-            elif k >= 8192 and "B200" not in device_kind:
+            elif k >= 8192 and gpu.architecture != "blackwell":
                 assert config.promotion != "none"
 
 
 def test_a_device_without_fp8_tensor_cores_is_refused_before_tracing():
     for name in ("NVIDIA A100-SXM4-40GB", "Tesla T4", "AMD Instinct MI300X"):
-        assert "FP8" in (scaled_matmul.why_not(name, 16, 4096, 4096) or "")
-        with pytest.raises(ValueError, match="known are"):
-            scaled_matmul.default_config(name, 16, 4096, 4096)
-    assert scaled_matmul.why_not("NVIDIA L40S", 16, 4096, 4096) is None
+        assert "FP8" in (scaled_matmul.why_not(gpu_named(name), 16, 4096, 4096) or "")
+    assert scaled_matmul.why_not(gpu_named("NVIDIA L40S"), 16, 4096, 4096) is None
 
 
 def test_arrays_whose_offsets_would_overflow_are_refused():
     for m, n, k, named in ((1, 32 * 28672, 4096, "w"), (2**20, 64, 4096, "x")):
-        reason = block_scaled_matmul.why_not("NVIDIA H100 80GB HBM3", m, n, k) or ""
+        reason = block_scaled_matmul.why_not(H100, m, n, k) or ""
         assert reason.startswith(named)
         assert "4 GiB" in reason
     two_gib = 2**19, 4096  # the last offset still fits
-    assert scaled_matmul.why_not("NVIDIA H100 80GB HBM3", 1, *two_gib) is None
+    assert scaled_matmul.why_not(H100, 1, *two_gib) is None
 
 
 def test_without_a_gpu_the_kernel_says_so():
@@ -377,9 +376,8 @@ def test_configs_that_cannot_work_are_named():
 def test_scaled_matmul_on_a_gpu(m, precise):
     n, k = 4096 + 72, 4096 + 16
     operands, expected = scaled_problem(m, m, n, k)
-    config = matmul_config.default_scaled_config(
-        jax.devices()[0].device_kind, m, n, k, precise=precise
-    )
+    gpu = required_gpu("scaled_matmul")
+    config = matmul_config.default_scaled_config(gpu, m, n, k, precise=precise)
     run = functools.partial(
         scaled_matmul_triton, *map(jnp.asarray, operands), config=config, out_dtype=jnp.float32
     )

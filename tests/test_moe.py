@@ -10,16 +10,19 @@ import pytest
 from flax import nnx
 
 import fp8jax
-from fp8jax.models.moe import Experts, MoEConfig, route, sort_by_expert
-from fp8jax.ops import matmul as ops
-from fp8jax.pallas_kernels.grouped_matmul import tile_list, tiles_needed
+from fp8jax.models.config import MoEConfig
+from fp8jax.models.moe import Experts
+from fp8jax.ops import experts as ops
+from fp8jax.ops.values import total
+from fp8jax.pallas_kernels.expert_routing import Rule, route, sort_by_expert
+from fp8jax.pallas_kernels.grouped_matmul import Slots, tile_list, tiles_needed
 from fp8jax.schemes import FP8_PER_TENSOR_WHOLE_BATCH
 
 SCHEMES = ("fp8_per_tensor", "fp8_per_block")
 
 
 def moe_config(e: int, k: int, i: int = 24, **changes) -> MoEConfig:
-    fields = {"softmax_over": "all", "renormalise": "yes", "weight_dtype": "float32", "names": ()}
+    fields = {"softmax_over": "all", "renormalise": True, "weight_dtype": "float32", "names": ()}
     return MoEConfig(num_experts=e, top_k=k, intermediate_size=i, **(fields | changes))  # pyright: ignore
 
 
@@ -48,42 +51,41 @@ def softmax(x: np.ndarray) -> np.ndarray:
 
 
 ROUTERS = [  # softmax over, renormalise
-    ("all", "yes"),
-    ("all", "no"),
-    ("chosen", "no"),
+    ("all", True),
+    ("all", False),
+    ("chosen", False),
 ]
 
 
 @pytest.mark.parametrize("softmax_over, renormalise", ROUTERS)
 def test_weights_of_the_chosen_experts(softmax_over, renormalise):
     logits = normal(0, 9, 6)
-    config = moe_config(6, 3, softmax_over=softmax_over, renormalise=renormalise)
-    experts, weights = route(jnp.asarray(logits), config)
+    rule = Rule(top_k=3, softmax_over=softmax_over, renormalise=renormalise, weight_dtype="float32")
+    experts, weights = route(jnp.asarray(logits), rule)
     order = np.argsort(-logits, axis=-1)[:, :3]
     np.testing.assert_array_equal(experts, order)
     chosen = np.take_along_axis(
         logits if softmax_over == "chosen" else softmax(logits.astype(np.float64)), order, -1
     )
     expected = softmax(chosen) if softmax_over == "chosen" else chosen
-    if renormalise == "yes":
+    if renormalise:
         expected = expected / expected.sum(-1, keepdims=True)
     np.testing.assert_allclose(weights, expected, rtol=1e-6)  # a few float32 roundings
-    if (softmax_over, renormalise) == ("all", "no"):
-        assert (
-            float(np.max(np.sum(weights, -1))) < 0.99
-        )  # else the case would not tell the routers apart
+    if (softmax_over, renormalise) == ("all", False):
+        # Else the case would not tell the routers apart.
+        assert float(np.max(np.sum(weights, -1))) < 0.99
 
 
 def test_of_equal_logits_the_lower_expert_is_taken():
-    experts, _ = route(jnp.zeros((2, 5), jnp.float32), moe_config(5, 2))
+    experts, _ = route(jnp.zeros((2, 5), jnp.float32), moe_config(5, 2).rule("float32"))
     np.testing.assert_array_equal(experts, [[0, 1], [0, 1]])
 
 
 @pytest.mark.parametrize("weight_dtype", ["activation", "float32"])
 def test_weights_are_rounded_to_the_activations_dtype_if_the_family_says_so(weight_dtype):
-    config = moe_config(6, 3, weight_dtype=weight_dtype)
+    rule = moe_config(6, 3, weight_dtype=weight_dtype).rule("bfloat16")
     # Under jit: there XLA is free to leave out a cast to bfloat16 and back.
-    _, weights = jax.jit(functools.partial(route, config=config))(
+    _, weights = jax.jit(functools.partial(route, rule=rule))(
         jnp.asarray(normal(1, 40, 6), jnp.bfloat16)
     )
     assert weights.dtype == jnp.float32
@@ -104,9 +106,8 @@ def test_pairs_are_sorted_by_expert_and_stay_in_order_within_one():
     weights = jnp.asarray([[0.5, 0.1], [0.2, 0.3], [0.6, 0.4]], jnp.float32)
     slots = sort_by_expert(jnp.asarray([[2, 0], [0, 1], [2, 0]], jnp.int32), weights, 4)
     np.testing.assert_array_equal(slots.row, [0, 1, 2, 1, 0, 2])
-    np.testing.assert_array_equal(
-        slots.out_row, [3 + 0, 1, 3 + 2, 3 + 1, 0, 2]
-    )  # choice Â· 3 tokens + token
+    # choice · 3 tokens + token
+    np.testing.assert_array_equal(slots.out_row, [3 + 0, 1, 3 + 2, 3 + 1, 0, 2])
     np.testing.assert_array_equal(
         slots.weight, np.asarray([0.1, 0.2, 0.4, 0.3, 0.5, 0.6], np.float32)
     )
@@ -153,47 +154,40 @@ def test_tiles_cover_every_slot_once_and_no_empty_expert(sizes, block_m):
 # --- grouped products
 # ----------------------------------------------------------------------------------------------------
 
-SHAPES = [  # sizes, n, k: what e experts get, with padding behind it; i = 192 and h = 576 are no multiples of 128
+# sizes, n, k: what e experts get, with padding behind it; i = 192 and h = 576 are no multiples of
+# 128.
+SHAPES = [
     ([3, 0, 6, 1], 2 * 192, 576),
     ([0, 11, 0, 0], 576, 192),
     ([1, 0], 40, 24),
 ]
 
 
-def in_a_loop(
-    x: np.ndarray, w: np.ndarray, sizes: list[int], rows: np.ndarray, row_weight: np.ndarray
-) -> np.ndarray:
+def in_a_loop(x: np.ndarray, w: np.ndarray, slots: Slots) -> np.ndarray:
     """The same slot by slot in float64."""
+    sizes, rows, weights = (np.asarray(part) for part in (slots.sizes, slots.row, slots.weight))
     out = np.zeros((len(rows), w.shape[1]))
-    experts = np.repeat(np.arange(len(sizes)), sizes)
-    for slot, expert in enumerate(experts):
-        out[slot] = (
-            w[expert].astype(np.float64) @ x[rows[slot]].astype(np.float64) * row_weight[slot]
-        )
+    for slot, expert in enumerate(np.repeat(np.arange(len(sizes)), sizes)):
+        out[slot] = w[expert].astype(np.float64) @ x[rows[slot]].astype(np.float64) * weights[slot]
     return out
 
 
-def slots_for(sizes: list[int], m: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and weights of the slots of these groups and of two more of padding."""
-    rng = np.random.default_rng(7)
-    slots = sum(sizes) + 2
-    return rng.integers(0, m, slots).astype(np.int32), rng.uniform(0.1, 1, slots).astype(np.float32)
+def slots_for(sizes: list[int], m: int) -> Slots:
+    """The slots of these groups and two more of padding, with random rows and weights."""
+    rng, count = np.random.default_rng(7), sum(sizes) + 2
+    return Slots(
+        jnp.asarray(sizes, jnp.int32),
+        row=jnp.asarray(rng.integers(0, m, count), jnp.int32),
+        weight=jnp.asarray(rng.uniform(0.1, 1, count), jnp.float32),
+    )
 
 
 @pytest.mark.parametrize("sizes, n, k", SHAPES)
 def test_unquantized_rows_meet_their_own_expert(sizes, n, k):
     x, w = normal(0, 5, k), normal(1, len(sizes), n, k)
-    rows, row_weight = slots_for(sizes, 5)
-    out = ops.grouped_matmul(
-        jnp.asarray(x),
-        jnp.asarray(w),
-        jnp.asarray(sizes),
-        rows=jnp.asarray(rows),
-        row_weight=jnp.asarray(row_weight),
-    )
-    assert close(
-        out, in_a_loop(x, w, sizes, rows, row_weight), 1e-6
-    )  # float32 sums over up to 576 against float64
+    slots = slots_for(sizes, 5)
+    out = ops.grouped_matmul(jnp.asarray(x), jnp.asarray(w), slots)
+    assert close(out, in_a_loop(x, w, slots), 1e-6)  # float32 sums over up to 576 against float64
     assert not np.asarray(out[sum(sizes) :]).any()
 
 
@@ -215,21 +209,13 @@ def numpy_dequantized(q: fp8jax.QArray) -> np.ndarray:
 def test_quantized_rows_meet_their_own_expert(sizes, n, k, scheme):
     w = quantized(jnp.asarray(normal(1, len(sizes), n, k)), scheme, row_groups=2)
     x = fp8jax.quantize_activation(jnp.asarray(normal(0, 5, k)), w.scheme.activation)
-    rows, row_weight = slots_for(sizes, 5)
-    out = ops.grouped_scaled_matmul(
-        x,
-        w,
-        jnp.asarray(sizes),
-        rows=jnp.asarray(rows),
-        row_weight=jnp.asarray(row_weight),
-        out_dtype=jnp.float32,
-        implementation="xla",
-    )
+    slots = slots_for(sizes, 5)
+    out = ops.grouped_scaled_matmul(x, w, slots, out_dtype=jnp.float32, implementation="xla")
     x_scale = np.repeat(
         np.asarray(x.scale, np.float64), 128 if scheme == "fp8_per_block" else k, axis=1
     )[:, :k]
     wide = np.asarray(x.qvalue, np.float64) * x_scale
-    expected = in_a_loop(wide, numpy_dequantized(w), sizes, rows, row_weight)
+    expected = in_a_loop(wide, numpy_dequantized(w), slots)
     assert close(out, expected, 1e-6)  # the codes are given, so only float32 sums against float64
     assert not np.asarray(out[sum(sizes) :]).any()
 
@@ -239,7 +225,7 @@ def test_mismatched_groups_are_an_error_that_names_the_sizes():
         ValueError,
         match=r"x \[m, k\] is \(3, 8\), w \[e, n, k\] is \(2, 5, 9\) and sizes \[e\] is \(2,\)",
     ):
-        ops.grouped_matmul(jnp.zeros((3, 8)), jnp.zeros((2, 5, 9)), jnp.zeros(2, jnp.int32))
+        ops.grouped_matmul(jnp.zeros((3, 8)), jnp.zeros((2, 5, 9)), Slots(jnp.zeros(2, jnp.int32)))
     stack = fp8jax.QArray(
         jnp.zeros((2, 8, 8), jnp.float8_e4m3fn), jnp.ones((2, 1, 1)), fp8jax.FP8_PER_BLOCK
     )
@@ -247,7 +233,7 @@ def test_mismatched_groups_are_an_error_that_names_the_sizes():
     with pytest.raises(
         ValueError, match="quantized per token, but scheme 'fp8_per_block' wants group"
     ):
-        ops.grouped_scaled_matmul(x, stack, jnp.zeros(2, jnp.int32))
+        ops.grouped_scaled_matmul(x, stack, Slots(jnp.zeros(2, jnp.int32)))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -257,14 +243,13 @@ def test_a_decode_step_reads_no_expert_that_was_not_routed_to(scheme):
     e, n, k = 16, 256, 256
     w = quantized(jnp.asarray(normal(1, e, n, k)), scheme)
     poisoned = fp8jax.QArray(w.qvalue, w.scale.at[:5].set(jnp.nan).at[6:].set(jnp.nan), w.scheme)
-    sizes = jnp.zeros(e, jnp.int32).at[5].set(2)
+    slots = Slots(jnp.zeros(e, jnp.int32).at[5].set(2))
     step = jax.jit(functools.partial(ops.grouped_scaled_matmul, implementation="xla"))
     x = jnp.asarray(normal(0, 2, k))
-    assert np.isfinite(step(x, poisoned, sizes)).all()
-    memory = step.lower(x, w, sizes).compile().memory_analysis()
-    assert (
-        memory is not None and memory.temp_size_in_bytes < w.nbytes
-    )  # 1 MB; one expert in float32 is 0.26 MB, the stack in float16 would be 2 MB
+    assert np.isfinite(step(x, poisoned, slots)).all()
+    memory = step.lower(x, w, slots).compile().memory_analysis()
+    # 1 MB; one expert in float32 is 0.26 MB, the stack in float16 would be 2 MB.
+    assert memory is not None and memory.temp_size_in_bytes < w.nbytes
 
 
 # --- experts as a whole
@@ -285,7 +270,7 @@ def experts_of(scheme: fp8jax.Scheme | str | None) -> Experts:
 
 @jax.jit
 def run(experts: Experts, x, chosen, weights, valid=None):
-    return experts(x, chosen, weights, valid=valid)
+    return total(experts(x, sort_by_expert(chosen, weights, E, valid), valid=valid))
 
 
 def token_by_token(x, chosen, weights) -> np.ndarray:

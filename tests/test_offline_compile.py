@@ -63,7 +63,7 @@ ENTRY %main.4 (a.1: f8e4m3fn[128,128]) -> (f32[8,4], bf16[16]) {
 
 def report_of_texts() -> CompileReport:
     return read_report(
-        target=TARGETS["h100"],
+        gpu=TARGETS["h100"],
         launches=LAUNCHES,
         hlo=HLO,
         ptxas=[(PTX, LOG)],
@@ -107,7 +107,7 @@ def test_buffers_are_what_launched_steps_write():
     [
         ("h100", 168, 128, 73728, 3),  # registers and shared memory both allow three
         ("h100", 32, 128, 0, 16),  # threads: 2048 / 128
-        ("h100", 255, 256, 1024, 1),  # registers: 65536 / (256 Â· 256)
+        ("h100", 255, 256, 1024, 1),  # registers: 65536 / (256 · 256)
         ("h100", 10, 32, 0, 32),  # the most blocks of an SM
         ("l40", 40, 128, 30720, 3),  # shared memory: 102400 / 31744
     ],

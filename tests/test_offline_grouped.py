@@ -41,7 +41,7 @@ def faults(report, device: str, arguments: dict) -> list[str]:
     slots, num_experts = arguments["tokens"] * arguments["top_k"], arguments["num_experts"]
     n, k, row_groups = arguments["n"], arguments["k"], arguments["row_groups"]
     config = grouped_matmul.default_config(
-        TARGETS[device].name,
+        TARGETS[device],
         slots,
         num_experts,
         n,

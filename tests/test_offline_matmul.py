@@ -27,7 +27,7 @@ def distinct_kernels(device: str, op: str) -> list[dict]:
     for shapes in LINEAR_SHAPES.values():
         for n, k in shapes.values():
             for m in ROWS:
-                config = OPS[op].default_config(TARGETS[device].name, m, n, k)
+                config = OPS[op].default_config(TARGETS[device], m, n, k)
                 same_code = (
                     dataclasses.replace(config, split_k=min(config.split_k, 2)),
                     m % config.block_m == 0,
@@ -63,7 +63,7 @@ def test_llama_layers_compile_to_fp8_tensor_cores_without_spills(compiler, devic
             problems[str(arguments)] = found
         splits = (
             OPS[op]
-            .default_config(TARGETS[device].name, arguments["m"], arguments["n"], arguments["k"])
+            .default_config(TARGETS[device], arguments["m"], arguments["n"], arguments["k"])
             .split_k
         )
         if len(report.launches) != (
@@ -84,8 +84,7 @@ def test_h200_gets_the_kernels_of_h100(compiler):
         for m in ROWS:
             for n, k in LINEAR_SHAPES["llama-3.1-8b"].values():
                 configs = [
-                    module.default_config(TARGETS[device].name, m, n, k)
-                    for device in ("h100", "h200")
+                    module.default_config(TARGETS[device], m, n, k) for device in ("h100", "h200")
                 ]
                 assert configs[0] == configs[1], (op, m, n, k)
 

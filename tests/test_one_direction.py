@@ -1,4 +1,4 @@
-"""Imports run one way: face → checkpoints → models → ops → kernels. A line that runs against it is named."""
+"""Imports run one way: face → checkpoints → models → ops → kernels."""
 
 import ast
 from pathlib import Path
@@ -17,6 +17,7 @@ FLOORS = (
     {
         "fp8jax.batches",
         "fp8jax.compiled_model",
+        "fp8jax.explanation",
         "fp8jax.generation",
         "fp8jax.generation_config",
         "fp8jax.language_model",
@@ -52,7 +53,7 @@ def floor_of(module: str) -> int:
 
 
 def imported_by(source: str) -> list[tuple[int, str]]:
-    """(line, module of this package) of every import that runs when a module or a function of it does."""
+    """(line, module of this package) of every import that runs when a module or function does."""
     tree, found = ast.parse(source), []
     type_checking = {
         id(inner)
@@ -66,7 +67,7 @@ def imported_by(source: str) -> list[tuple[int, str]]:
         if isinstance(node, ast.Import):
             found += [(node.lineno, alias.name) for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
-            # `from fp8jax import ops` imports fp8jax.ops; `from fp8jax.ops import matmul` a name or a module in it.
+            # `from fp8jax import ops` imports fp8jax.ops, another line a name or a module of it.
             found += [(node.lineno, f"{node.module}.{alias.name}") for alias in node.names]
     return [(line, name) for line, name in found if name.partition(".")[0] == "fp8jax"]
 

@@ -8,6 +8,7 @@ does that).
 
 import functools
 import logging
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,33 +17,28 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden_checkpoints import GOLDENS, SCHEMES, golden, load, relative_error
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 import fp8jax
-from fp8jax.devtools import offline_models
-from fp8jax.models import moe
-from fp8jax.ops import choice as kernel_choice
-from fp8jax.ops import fused as fused_ops
+from fp8jax.devtools import offline_models, tuned_tables
+from fp8jax.explanation import on_device as on
+from fp8jax.ops import choice, experts
 from fp8jax.ops import matmul as ops
-from fp8jax.ops.matmul import QActivation
+from fp8jax.ops.choice import Choice, Implementation, choose
+from fp8jax.ops.decisions import noted
+from fp8jax.ops.values import QActivation
 from fp8jax.pallas_kernels import tuning
-from fp8jax.pallas_kernels.interpret_mode import interpreted_kernels
+from fp8jax.pallas_kernels.expert_routing import Rule
+from fp8jax.pallas_kernels.grouped_matmul import Slots
 from fp8jax.pallas_kernels.matmul_config import Config
 from fp8jax.qarray import split_rows
 
 rng = np.random.default_rng(20)
 X = jnp.asarray(rng.standard_normal((17, 160)), jnp.bfloat16)
 W = jnp.asarray(rng.standard_normal((96, 160)), jnp.bfloat16)
+INTERPRETED = "triton_interpreted"
 QUANTIZED = {
     scheme: jax.jit(functools.partial(fp8jax.quantize, scheme=scheme))(W) for scheme in SCHEMES
 }
-
-
-def on(kind: str):
-    device = AbstractDevice(device_kind=kind, num_cores=None, platform="gpu")
-    return jax.sharding.use_abstract_mesh(
-        AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
-    )
 
 
 def kernels_of(function, *arguments) -> list[str]:
@@ -62,7 +58,7 @@ def kernels_of(function, *arguments) -> list[str]:
     return list(walk(jax.make_jaxpr(function)(*arguments)))
 
 
-def product(implementation: ops.Implementation, scheme: str = "fp8_per_block"):
+def product(implementation: Implementation, scheme: str = "fp8_per_block"):
     return lambda x: ops.scaled_matmul(x, QUANTIZED[scheme], implementation=implementation)
 
 
@@ -122,25 +118,17 @@ def test_group_scales_in_either_layout_give_the_same_product():
     by_group = ops.quantize_activation(X, "group", scale_layout="gm")
     assert by_group.scale.shape == by_row.scale.shape[::-1] == (2, 17)
     np.testing.assert_array_equal(ops.scaled_matmul(by_group, w), ops.scaled_matmul(by_row, w))
-    with interpreted_kernels():
-        first, second = (
-            ops.scaled_matmul(x, w, implementation="triton") for x in (by_row, by_group)
-        )
+    first, second = (
+        ops.scaled_matmul(x, w, implementation="triton_interpreted") for x in (by_row, by_group)
+    )
     np.testing.assert_array_equal(first, second)
-
-
-@pytest.mark.parametrize("capability, old", [
-    ("7.5", True), ("8.0", True), ("8.6", True), ("8.9", False), ("9.0", False), ("12.0", False), ("gfx90a", False), ("", False)
-])  # fmt: skip
-def test_compute_capabilities_before_ada_have_no_fp8_products(capability, old):
-    assert kernel_choice.has_no_fp8_products(capability) is old
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_an_ampere_gpu_keeps_activations_as_they_are_and_says_so_once(monkeypatch, caplog, scheme):
     ampere = SimpleNamespace(platform="gpu", device_kind="NVIDIA A10", compute_capability="8.6")
-    monkeypatch.setattr(kernel_choice, "current_device", lambda: ampere)
-    kernel_choice._say_weight_only.cache_clear()
+    monkeypatch.setattr(choice, "current_device", lambda: ampere)
+    choice._say_weight_only.cache_clear()
     w, bias = QUANTIZED[scheme], jnp.arange(96, dtype=jnp.bfloat16)
     with caplog.at_level(logging.WARNING, "fp8jax"):
         out = ops.scaled_matmul(X, w, bias=bias)
@@ -173,9 +161,9 @@ def tuned(tmp_path, monkeypatch):
     """Write a table for the H100 that lasts as long as the test."""
     load_from_there = functools.partial(tuning.load, folder=tmp_path)
     monkeypatch.setattr(
-        kernel_choice, "tuning", SimpleNamespace(load=load_from_there, nearest=tuning.nearest)
+        choice, "tuning", SimpleNamespace(load=load_from_there, nearest=tuning.nearest)
     )
-    return lambda entries: tuning.save(
+    return lambda entries: tuned_tables.save(
         "NVIDIA H100", "block_scaled_matmul", entries, folder=tmp_path
     )
 
@@ -186,13 +174,18 @@ def test_a_measured_config_beats_the_rule_where_the_shape_is_near(tuned):
 
     def chosen(kind: str, m: int) -> Config | None:
         with on(kind):
-            return ops._kernel_config(
-                QUANTIZED["fp8_per_block"], m, jnp.dtype(jnp.bfloat16), "auto"
-            )
+            bfloat16 = jnp.dtype(jnp.bfloat16)
+            return ops._kernel_config(QUANTIZED["fp8_per_block"], m, bfloat16, choose("auto"))
 
     assert chosen("NVIDIA H100", 17) == measured
     assert chosen("NVIDIA H100", 17 * 64) != measured
     assert chosen("NVIDIA L40", 17) != measured
+
+
+def some_slots() -> Slots:
+    """14 slots of two of three experts, and two that belong to no one."""
+    sizes, rows = [5, 0, 9], rng.integers(0, 17, 16)
+    return Slots(sizes=jnp.asarray(sizes, jnp.int32), row=jnp.asarray(rows, jnp.int32))
 
 
 @pytest.mark.parametrize("split", [False, True])
@@ -202,62 +195,57 @@ def test_experts_on_an_ampere_gpu_keep_activations_as_they_are_too(monkeypatch, 
     w = fp8jax.quantize(
         jnp.asarray(rng.standard_normal((3, 2 * 96, 160)), jnp.bfloat16), scheme, row_groups=2
     )
-    sizes, rows = jnp.asarray([5, 0, 9], jnp.int32), jnp.asarray(rng.integers(0, 17, 16), jnp.int32)
+    slots = some_slots()
     exact = np.zeros((16, 192))
     for slot, expert in enumerate([0] * 5 + [2] * 9):
         exact[slot] = (
             np.asarray(fp8jax.dequantize(w), np.float64)[expert]
-            @ np.asarray(X, np.float64)[rows[slot]]
+            @ np.asarray(X, np.float64)[np.asarray(slots.row)[slot]]
         )
     stack = split_rows(w, (96, 96)) if split else w
-    quantized = ops.grouped_scaled_matmul(X, stack, sizes, rows=rows)
-    monkeypatch.setattr(kernel_choice, "current_device", lambda: ampere)
-    out = ops.grouped_scaled_matmul(X, stack, sizes, rows=rows)
+    quantized = experts.grouped_scaled_matmul(X, stack, slots)
+    monkeypatch.setattr(choice, "current_device", lambda: ampere)
+    out = experts.grouped_scaled_matmul(X, stack, slots)
     assert relative_error(out, exact) < 2**-8 < relative_error(quantized, exact)  # as above
 
 
-@pytest.mark.parametrize("name", ["row_weight", "out_rows"])
+@pytest.mark.parametrize("name", ["weight", "out_row"])
 def test_an_array_that_is_not_one_a_slot_is_refused(name):
     w = fp8jax.quantize(jnp.ones((3, 96, 160)), "fp8_per_block")
-    sizes, wrong = (
-        jnp.asarray([5, 0, 9], jnp.int32),
-        jnp.zeros(4, jnp.float32 if name == "row_weight" else jnp.int32),
-    )
-    per_slot: dict[str, Any] = {name: wrong}
+    wrong = jnp.zeros(4, jnp.float32 if name == "weight" else jnp.int32)
+    slots = replace(Slots(jnp.asarray([5, 0, 9], jnp.int32)), **{name: wrong})
     with pytest.raises(
         ValueError, match=rf"grouped_scaled_matmul: {name} is \(4,\), wanted \[17\]"
     ):
-        ops.grouped_scaled_matmul(X, w, sizes, **per_slot)
+        experts.grouped_scaled_matmul(X, w, slots)
     with pytest.raises(ValueError, match=rf"grouped_matmul: {name} is \(4,\), wanted \[17\]"):
-        ops.grouped_matmul(X, jnp.ones((3, 96, 160), jnp.bfloat16), sizes, **per_slot)
+        experts.grouped_matmul(X, jnp.ones((3, 96, 160), jnp.bfloat16), slots)
 
 
-def test_float32_experts_come_from_promoted_sums():
+@pytest.mark.parametrize("dtype, promoted", [("float32", "tensor_core"), ("bfloat16", "none")])
+def test_float32_experts_come_from_promoted_sums(dtype, promoted):
     with on("NVIDIA H100"):
-        for dtype, promoted in (("float32", "tensor_core"), ("bfloat16", "none")):
-            program = offline_models.decode_step("granite-3.0-1b-a400m", 1, layers=1)
-            experts = program.arguments[0].model.layers[0].mlp.experts
-            x, weights = (
-                jax.ShapeDtypeStruct((2, 1024), dtype),
-                jax.ShapeDtypeStruct((2, 2), jnp.float32),
-            )
-            seen = []
+        program = offline_models.decode_step("granite-3.0-1b-a400m", 1, layers=1)
+        layer = program.arguments[0].model.layers[0].mlp.experts
+        layer.dtype = jnp.dtype(dtype)
+        logits = jax.ShapeDtypeStruct((2, 32), dtype)
+        rule = Rule(top_k=2, softmax_over="all", renormalise=True, weight_dtype="float32")
 
-            def noted(*arguments, seen=seen, **options):
-                seen.append(options["config"].promotion)
-                return jnp.zeros((4, arguments[2].shape[1]), options["out_dtype"])
+        def both(x, logits):
+            return layer(x, experts.route(logits, rule, layer.gate_up_proj))
 
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(ops, "grouped_scaled_matmul_triton", noted)
-                jax.eval_shape(experts, x, jax.ShapeDtypeStruct((2, 2), jnp.int32), weights)
-            assert seen == [promoted, promoted]
+        with noted() as decisions:
+            jax.eval_shape(both, jax.ShapeDtypeStruct((2, 1024), dtype), logits)
+    configs = [d.config for d in decisions if d.op == "grouped_scaled_matmul"]
+    assert [config.promotion for config in configs[1:]] == [promoted, promoted]
 
 
 def test_float32_results_come_from_promoted_sums():
     w = QUANTIZED["fp8_per_tensor"]
     with on("NVIDIA H100"):
         configs = [
-            ops._kernel_config(w, 17, jnp.dtype(dtype), "auto") for dtype in ("float32", "bfloat16")
+            ops._kernel_config(w, 17, jnp.dtype(dtype), choose("auto"))
+            for dtype in ("float32", "bfloat16")
         ]
     assert [config and config.promotion for config in configs] == ["tensor_core", "none"]
 
@@ -320,7 +308,7 @@ def test_prefill_quantizes_and_multiplies_in_kernels_and_leaves_attention_to_xla
 
 @functools.cache
 def loaded(
-    variant: str, scheme: str | None, implementation: ops.Implementation
+    variant: str, scheme: str | None, implementation: Implementation
 ) -> fp8jax.LanguageModel:
     return fp8jax.load_quantized(
         GOLDENS / variant, scheme, dtype="float32", implementation=implementation
@@ -328,16 +316,14 @@ def loaded(
 
 
 def two_decode_steps(
-    variant: str, scheme: str | None, implementation: ops.Implementation
+    variant: str, scheme: str | None, implementation: Implementation
 ) -> np.ndarray:
     """Logits of two decode steps after a prefill by XLA, `[2, b, vocab]`."""
     tokens = golden(variant)["token_ids"][:, :12].astype(np.int32)
     lengths = np.asarray([12, 7], np.int32)
     xla, model = loaded(variant, scheme, "xla").model, loaded(variant, scheme, implementation).model
     _, cache = jax.jit(fp8jax.prefill)(xla, xla.empty_cache(2, 16), tokens, lengths)
-    step = jax.jit(
-        functools.partial(fp8jax.decode_step)
-    )  # traced anew: which kernels run is not in jit's key
+    step = jax.jit(functools.partial(fp8jax.decode_step))  # traced anew for every test
     first, cache = step(model, cache, tokens[:, 0], lengths)
     second, _ = step(model, cache, tokens[:, 1], lengths + 1)
     return np.stack([first, second])
@@ -378,8 +364,7 @@ def assert_tokens_agree(found: Any, expected: Any, unquantized: Any) -> None:
 )
 def test_interpreted_kernels_decode_like_xla(variant, scheme):
     expected = decoded_by_xla(variant, scheme)
-    with interpreted_kernels():
-        found = two_decode_steps(variant, scheme, "triton")
+    found = two_decode_steps(variant, scheme, INTERPRETED)
     if scheme is None:
         assert relative_error(found, expected) < 5e-6  # float32 sums in another order
     else:
@@ -408,21 +393,19 @@ def test_one_interpreted_kernel_in_a_model_of_references_decodes_like_xla(
     monkeypatch, variant, scheme, op
 ):
     """What a whole model of kernels hides in its error shows when one of them runs alone."""
-    ran, real = [], kernel_choice.runs_kernel
+    ran, why_not = set(), Choice._why_not
 
-    def only_this(name, implementation, *arguments, **options):
-        runs = real(name, implementation, *arguments, **options) and (
-            implementation != "triton" or name == op
-        )
-        ran.extend([name] * runs)
-        return runs
+    def only_this(choice: Choice, name: str, *arguments: Any, **options: Any) -> str | None:
+        reason = why_not(choice, name, *arguments, **options)
+        if choice.interpret and name != op:
+            return "another kernel runs alone"
+        ran.update([name] if reason is None else [])
+        return reason
 
-    for module in (kernel_choice, fused_ops, moe):
-        monkeypatch.setattr(module, "runs_kernel", only_this)
+    monkeypatch.setattr(Choice, "_why_not", only_this)
     expected, unquantized = decoded_by_xla(variant, scheme), decoded_by_xla(variant, None)
-    with interpreted_kernels():
-        found = two_decode_steps(variant, scheme, "triton")
-    assert set(ran) == {op}
+    found = two_decode_steps(variant, scheme, INTERPRETED)
+    assert ran == {op}
     assert_tokens_agree(found, expected, unquantized)
 
 
@@ -430,8 +413,7 @@ def test_one_interpreted_kernel_in_a_model_of_references_decodes_like_xla(
 def test_interpreted_kernels_read_a_prompt_like_xla(scheme):
     tokens = golden("llama31")["token_ids"][:, :5].tolist()
     expected = loaded("llama31", scheme, "xla").logits(tokens)
-    with interpreted_kernels():
-        found = loaded("llama31", scheme, "triton").logits(tokens)
+    found = loaded("llama31", scheme, INTERPRETED).logits(tokens)
     assert_tokens_agree(found, expected, load("llama31").logits(tokens))
 
 
@@ -440,8 +422,7 @@ def test_interpreted_kernels_generate_the_tokens_of_xla():
         row[:n].tolist() for row, n in zip(golden("llama31")["token_ids"], (6, 3), strict=False)
     ]
     expected = loaded("llama31", None, "xla").generate(prompts, max_new_tokens=5, temperature=0)
-    with interpreted_kernels():
-        found = loaded("llama31", None, "triton").generate(prompts, max_new_tokens=5, temperature=0)
+    found = loaded("llama31", None, INTERPRETED).generate(prompts, max_new_tokens=5, temperature=0)
     assert [out.token_ids for out in found] == [out.token_ids for out in expected]
 
 
@@ -463,20 +444,36 @@ def test_a_quantized_activation_of_another_granularity_is_refused():
 def test_experts_run_in_their_kernel_and_as_the_reference_says(scheme):
     stack = jnp.asarray(rng.standard_normal((3, 96, 160)), jnp.float32)
     w = fp8jax.quantize(stack, scheme, row_groups=2 if scheme == "fp8_per_block" else 1)
-    sizes, rows = jnp.asarray([5, 0, 9], jnp.int32), jnp.asarray(rng.integers(0, 17, 16), jnp.int32)
-    x = ops.quantize_activation(
-        X, w.scheme.activation
-    )  # once: the two quantizers may differ in a code
+    slots = some_slots()
+    # Once: the two quantizers may differ in a code.
+    x = ops.quantize_activation(X, w.scheme.activation)
 
     def run(implementation):
-        return ops.grouped_scaled_matmul(
-            x, w, sizes, rows=rows, out_dtype=jnp.float32, implementation=implementation
+        return experts.grouped_scaled_matmul(
+            x, w, slots, out_dtype=jnp.float32, implementation=implementation
         )
 
     with on("NVIDIA H100 80GB HBM3"):
         assert any("grouped" in name for name in kernels_of(lambda: run("auto")))
-    with interpreted_kernels():
-        interpreted = run("triton")
-    assert (
-        relative_error(interpreted, run("xla")) < 1e-6
-    )  # the same codes, float32 sums in another order
+    # The same codes, float32 sums in another order.
+    assert relative_error(run(INTERPRETED), run("xla")) < 1e-6
+
+
+def test_a_forward_pass_asks_for_its_device_once(monkeypatch):
+    asked, real = [], choice.current_gpu
+    monkeypatch.setattr(choice, "current_gpu", lambda: asked.append(1) or real())
+    program = offline_models.decode_step("qwen3-30b-a3b", 1, layers=2)
+    with on("NVIDIA H100"):
+        jax.eval_shape(functools.partial(program.function), *program.arguments)
+    assert len(asked) == 1
+
+
+def test_a_choice_is_taken_as_it_is():
+    assert choose(made := Choice(implementation="xla")) is made
+
+
+def test_operations_carry_the_names_of_the_checkpoint():
+    program = offline_models.decode_step("llama-3.1-8b", 1, layers=2, implementation="xla")
+    text = jax.jit(program.function).lower(*program.arguments).as_text(debug_info=True)
+    for name in ("layers.0/self_attn/qkv_proj", "layers.1/mlp/down_proj", "lm_head"):
+        assert f"model/{name}" in text or f"/{name}" in text

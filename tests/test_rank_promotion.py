@@ -6,7 +6,6 @@ import pytest
 from golden_checkpoints import GOLDENS, SCHEMES, golden
 
 import fp8jax
-from fp8jax.pallas_kernels.interpret_mode import interpreted_kernels
 
 SAMPLING = {"temperature": 0.8, "top_k": 5, "top_p": 0.9, "min_p": 0.01, "seed": 1}
 
@@ -31,7 +30,7 @@ def test_loading_logits_and_generation_name_every_dimension(variant, scheme):
 )
 def test_kernels_do_too(variant, scheme):
     token_ids = golden(variant)["token_ids"]
-    with jax.numpy_rank_promotion("raise"), interpreted_kernels():
-        lm = fp8jax.load_quantized(GOLDENS / variant, scheme, implementation="triton")
+    with jax.numpy_rank_promotion("raise"):
+        lm = fp8jax.load_quantized(GOLDENS / variant, scheme, implementation="triton_interpreted")
         (generation,) = lm.generate(token_ids[:1, :8].tolist(), max_new_tokens=2, temperature=0)
     assert len(generation.token_ids) > 0

@@ -13,10 +13,11 @@ import pytest
 
 import fp8jax
 from fp8jax import FP8_PER_BLOCK, FP8_PER_CHANNEL, FP8_PER_TENSOR
-from fp8jax.ops import choice as kernel_choice
+from fp8jax.ops import experts
 from fp8jax.ops import matmul as ops
+from fp8jax.ops.choice import Choice
 from fp8jax.pallas_kernels import block_scaled_matmul, matmul_tiles
-from fp8jax.pallas_kernels.interpret_mode import interpreted_kernels
+from fp8jax.pallas_kernels.grouped_matmul import Slots
 from fp8jax.qarray import QArray
 
 LARGEST, SMALLEST = float(np.finfo(np.float32).max), 2.0**-126
@@ -64,37 +65,39 @@ def check(found: jax.Array, expected: np.ndarray) -> None:
     )
 
 
-@pytest.mark.parametrize("implementation", ["xla", "triton"])
+@pytest.mark.parametrize("implementation", ["xla", "triton_interpreted"])
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.name)
 def test_a_product_is_finite_wherever_its_value_is(scheme, implementation):
     product = jax.jit(functools.partial(ops.scaled_matmul, implementation=implementation))
     for sizes in SIZES:
         x, w = operands(*sizes, scheme)
         activation = ops.quantize_activation(x, scheme.activation)
-        with interpreted_kernels():
-            found = product(x, w)
+        found = product(x, w)
         check(found, wide(activation.qvalue, activation.scale) @ wide(w.qvalue, w.scale).T)
 
 
-@pytest.mark.parametrize("implementation", ["xla", "triton"])
+@pytest.mark.parametrize("implementation", ["xla", "triton_interpreted"])
 @pytest.mark.parametrize("scheme", [FP8_PER_TENSOR, FP8_PER_BLOCK], ids=lambda scheme: scheme.name)
 def test_and_so_is_one_of_experts(scheme, implementation):
-    product = jax.jit(functools.partial(ops.grouped_scaled_matmul, implementation=implementation))
+    product = jax.jit(
+        functools.partial(experts.grouped_scaled_matmul, implementation=implementation)
+    )
     for sizes in SIZES[:4]:
         x, w = operands(*sizes, scheme)
         scale = w.scale if scheme is FP8_PER_TENSOR else w.scale[None]
-        with interpreted_kernels():
-            found = product(x, QArray(w.qvalue[None], scale, scheme), jnp.asarray([4], jnp.int32))
+        slots = Slots(jnp.asarray([4], jnp.int32))
+        found = product(x, QArray(w.qvalue[None], scale, scheme), slots)
         activation = ops.quantize_activation(x, scheme.activation)
         check(found, wide(activation.qvalue, activation.scale) @ wide(w.qvalue, w.scale).T)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.name)
-def test_and_so_is_one_with_activations_as_they_are(scheme, monkeypatch):
-    monkeypatch.setattr(kernel_choice, "weight_only", lambda implementation: True)
+def test_and_so_is_one_with_activations_as_they_are(scheme):
+    weight_only = Choice(implementation="auto", weight_only=True)
     for sizes in SIZES:
         x, w = operands(*sizes, scheme)
-        check(ops.scaled_matmul(x, w), np.asarray(x, np.float64) @ wide(w.qvalue, w.scale).T)
+        found = ops.scaled_matmul(x, w, implementation=weight_only)
+        check(found, np.asarray(x, np.float64) @ wide(w.qvalue, w.scale).T)
 
 
 def test_the_smallest_and_the_largest_sums_survive_the_smallest_and_the_largest_scales():

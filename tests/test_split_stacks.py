@@ -15,10 +15,11 @@ from golden_checkpoints import GOLDENS, golden, relative_error
 
 import fp8jax
 from fp8jax import qarray
+from fp8jax.device import H100
 from fp8jax.models.moe import SparseMoE
-from fp8jax.ops import matmul as ops
+from fp8jax.ops import experts
 from fp8jax.pallas_kernels import grouped_matmul
-from fp8jax.pallas_kernels.interpret_mode import interpreted_kernels
+from fp8jax.pallas_kernels.grouped_matmul import Slots
 from fp8jax.qarray import SplitQArray, rows_of_parts, split_rows
 from fp8jax.schemes import Scheme
 
@@ -115,27 +116,25 @@ def test_parts_run_in_kernels(scheme, row_groups, rows):
     rng = np.random.default_rng(1)
     stack = jnp.asarray(rng.normal(size=(3, 192, 160)), jnp.float32)
     whole = fp8jax.quantize(stack, scheme, row_groups=row_groups)
-    sizes, x = (
-        jnp.asarray([5, 0, 9], jnp.int32),
-        jnp.asarray(rng.normal(size=(16, 160)), jnp.float32),
+    x = jnp.asarray(rng.normal(size=(16, 160)), jnp.float32)
+    slots = Slots(
+        jnp.asarray([5, 0, 9], jnp.int32), out_row=jnp.asarray(rng.permutation(16), jnp.int32)
     )
-    options = {"out_rows": jnp.asarray(rng.permutation(16), jnp.int32), "implementation": "triton"}
-    with interpreted_kernels():
-        one, other = (
-            ops.grouped_scaled_matmul(x, w, sizes, **options)
-            for w in (whole, split_rows(whole, rows))
-        )
+    one, other = (
+        experts.grouped_scaled_matmul(x, w, slots, implementation="triton_interpreted")
+        for w in (whole, split_rows(whole, rows))
+    )
     np.testing.assert_array_equal(one, other)
 
 
 def test_each_part_of_a_real_one_has_a_kernel_where_the_whole_has_none():
     e, n, k = 20, 2 * 10752, 6144
-    assert "split the stack" in (grouped_matmul.why_not("NVIDIA H100", 1, e, n, k) or "")
+    assert "split the stack" in (grouped_matmul.why_not(H100, 1, e, n, k) or "")
     abstract = jax.eval_shape(
         lambda w: split_rows(fp8jax.quantize(w, "fp8_per_block", row_groups=2), (n // 2, n // 2)),
         jax.ShapeDtypeStruct((e, n, k), jnp.bfloat16),
     )
     assert abstract.shape == (e, n, k)
     for part in abstract.parts:
-        assert grouped_matmul.why_not("NVIDIA H100", 1, *part.shape) is None
+        assert grouped_matmul.why_not(H100, 1, *part.shape) is None
         assert part.row_groups == 1

@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
+from fp8jax.devtools.tuned_tables import save
 from fp8jax.pallas_kernels import tuning
-from fp8jax.pallas_kernels.tuning import Entry, load, nearest, save, table_path
+from fp8jax.pallas_kernels.tuning import Entry, load, nearest, table_path
 
 KIND = "NVIDIA H100 80GB HBM3"
 

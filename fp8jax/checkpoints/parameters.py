@@ -24,8 +24,9 @@ from flax import nnx
 from fp8jax.checkpoints.errors import CheckpointError, Faults, shown
 from fp8jax.checkpoints.folder import Checkpoint
 from fp8jax.models import CausalLM, DecoderConfig
+from fp8jax.models.config import ExpertNames
 from fp8jax.models.layers import Linear
-from fp8jax.models.moe import ExpertNames, Router, SparseMoE
+from fp8jax.models.moe import Router, SparseMoE
 from fp8jax.quantization_config import LayerKind
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d{1,9})\.")

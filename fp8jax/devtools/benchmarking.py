@@ -37,6 +37,8 @@ from typing import Any, Literal
 import jax
 from jax import lax
 
+from fp8jax.device import Gpu, gpu_named
+
 # A program is long beside its launch, holds so many calls at most, and so many bytes of their
 # results.
 _PROGRAM_SECONDS, _MOST_CALLS, _OUTPUT_BYTES = 2e-3, 64, 4 * 2**30
@@ -45,43 +47,21 @@ _SAMPLE_SECONDS = 5e-3  # of a GPU; long beside the latency of the first launch
 _UNKNOWN_L2 = 128 * 2**20
 
 
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """What a device can do at most, by its data sheet: bytes and dense operations a second, and the
-    size of its L2."""
-
-    bandwidth: float
-    bf16_flops: float
-    fp8_flops: float
-    l2_bytes: int
-
-
-# Parts of `device_kind`, the more specific first.
-_LIMITS = {
-    "H100 PCIe": Limits(
-        bandwidth=2.0e12, bf16_flops=756e12, fp8_flops=1513e12, l2_bytes=50 * 2**20
-    ),
-    "H100 NVL": Limits(bandwidth=3.9e12, bf16_flops=835e12, fp8_flops=1671e12, l2_bytes=50 * 2**20),
-    "H100": Limits(bandwidth=3.35e12, bf16_flops=989e12, fp8_flops=1979e12, l2_bytes=50 * 2**20),
-    "H200": Limits(bandwidth=4.8e12, bf16_flops=989e12, fp8_flops=1979e12, l2_bytes=50 * 2**20),
-    "B200": Limits(bandwidth=7.7e12, bf16_flops=2250e12, fp8_flops=4500e12, l2_bytes=126 * 2**20),
-    "L40S": Limits(bandwidth=0.864e12, bf16_flops=362e12, fp8_flops=733e12, l2_bytes=96 * 2**20),
-    "L40": Limits(bandwidth=0.864e12, bf16_flops=181e12, fp8_flops=362e12, l2_bytes=96 * 2**20),
-    "L4": Limits(bandwidth=0.3e12, bf16_flops=121e12, fp8_flops=242e12, l2_bytes=48 * 2**20),
-}
-
-
-def limits(device_kind: str) -> Limits | None:
-    """The device's limits, None for a device without an entry (a CPU, say)."""
-    return next((found for part, found in _LIMITS.items() if part in device_kind), None)
-
-
 def floor_microseconds(
-    device: Limits, *, flops: float, bytes_moved: float, operands: Literal["bf16", "fp8"]
-) -> float:
-    """The roofline: no kernel that does this work on this device is faster."""
-    rate = device.fp8_flops if operands == "fp8" else device.bf16_flops
-    return 1e6 * max(flops / rate, bytes_moved / device.bandwidth)
+    gpu: Gpu | None, *, flops: float, bytes_moved: float, operands: Literal["bf16", "fp8"]
+) -> float | None:
+    """The roofline: no kernel that does this work is faster; None where the limits are unknown.
+
+    Args:
+        gpu: with its limits by the data sheet.
+        flops: operations.
+        bytes_moved: of memory.
+        operands: what the tensor cores multiply.
+    """
+    rate = gpu and (gpu.fp8_flops if operands == "fp8" else gpu.bf16_flops)
+    if gpu is None or rate is None or gpu.bandwidth is None:
+        return None
+    return 1e6 * max(flops / rate, bytes_moved / gpu.bandwidth)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,10 +82,10 @@ class Timing:
     l2: Literal["cold", "warm"]
 
 
-def sets_needed(bytes_of_set: int, device: Limits | None) -> tuple[int, Literal["cold", "warm"]]:
+def sets_needed(bytes_of_set: int, gpu: Gpu | None) -> tuple[int, Literal["cold", "warm"]]:
     """How many sets of operands keep the L2 cold, and whether so many are made; bytes_of_set counts
     what a call reads."""
-    l2 = _UNKNOWN_L2 if device is None else device.l2_bytes
+    l2 = (gpu and gpu.l2_bytes) or _UNKNOWN_L2
     wanted = 2 + 2 * l2 // max(bytes_of_set, 1)
     return (wanted, "cold") if wanted <= _MOST_SETS else (_MOST_SETS, "warm")
 
@@ -193,24 +173,24 @@ class Contender:
     config: dict[str, Any] | None = None
 
     def operand_sets(
-        self, device: Limits | None
+        self, gpu: Gpu | None
     ) -> tuple[list[tuple[Any, ...]], Literal["cold", "warm"]]:
         """As many sets of operands as keep a GPU's L2 cold, see `sets_needed`; one elsewhere."""
         on_gpu = jax.default_backend() == "gpu"
-        sets, l2 = sets_needed(self.bytes_moved, device) if on_gpu else (1, "warm")
+        sets, l2 = sets_needed(self.bytes_moved, gpu) if on_gpu else (1, "warm")
         return [self.make(jax.random.key(i)) for i in range(sets)], l2
 
 
-def measured(c: Contender, device: Limits | None, *, samples: int) -> dict[str, Any]:
+def measured(c: Contender, gpu: Gpu | None, *, samples: int) -> dict[str, Any]:
     """What a result says about a contender: its time and what follows from it, or the error that it
     ended with."""
     try:
-        operand_sets, l2 = c.operand_sets(device)
-        floor, rounds = None, 1
-        if device:
-            floor = floor_microseconds(
-                device, flops=c.flops, bytes_moved=c.bytes_moved, operands=c.operands
-            )
+        operand_sets, l2 = c.operand_sets(gpu)
+        floor = floor_microseconds(
+            gpu, flops=c.flops, bytes_moved=c.bytes_moved, operands=c.operands
+        )
+        rounds = 1
+        if floor is not None:
             output_bytes = sum(
                 a.size * a.dtype.itemsize
                 for a in jax.tree.leaves(jax.eval_shape(c.run, *operand_sets[0]))
@@ -248,13 +228,13 @@ def measure(
         cases: what identifies a row, "contender" among it, and what is timed.
         only: contenders to time; all if empty.
     """
-    device = limits(results.header["device"])
+    gpu = gpu_named(results.header["device"])
     for case, contender in cases:
         if (only and case["contender"] not in only) or results.find(**case):
             continue
         if deadline.passed:
             return
-        results.add(case | measured(contender, device, samples=samples))
+        results.add(case | measured(contender, gpu, samples=samples))
 
 
 def ratios(

@@ -251,7 +251,7 @@ def _compile_here(device: str, program: str, arguments: dict[str, Any]) -> Compi
         compiled = jitted.trace(*placed).lower(lowering_platforms=("cuda",)).compile()
     memory: Any = compiled.memory_analysis()
     return read_report(
-        target=TARGETS[device],
+        gpu=TARGETS[device],
         launches=_read_launches(launches),
         hlo=compiled.as_text() or "",
         ptxas=[

@@ -7,12 +7,13 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from fp8jax.device import required_gpu
 from fp8jax.devtools.offline_compile import Program
-from fp8jax.pallas_kernels import expert_routing, matmul_tiles
+from fp8jax.pallas_kernels import expert_routing
 from fp8jax.pallas_kernels.block_scaled_matmul import block_scaled_matmul_triton
 from fp8jax.pallas_kernels.block_scaled_matmul import default_config as default_block_scaled_config
-from fp8jax.pallas_kernels.formats import BLOCK
-from fp8jax.pallas_kernels.grouped_matmul import ExpertScales
+from fp8jax.pallas_kernels.formats import BLOCK, WeightGranularity
+from fp8jax.pallas_kernels.grouped_matmul import Slots
 from fp8jax.pallas_kernels.grouped_matmul_kernel import grouped_scaled_matmul_triton
 from fp8jax.pallas_kernels.matmul_config import Config
 from fp8jax.pallas_kernels.scaled_matmul import default_config as default_scaled_config
@@ -70,9 +71,8 @@ def matmul(
         out_dtype, bias, x_scale_layout: as the kernel takes them.
         per_channel: one weight scale a channel, for `scaled_matmul`.
     """
-    device_kind = matmul_tiles.current_device_kind()
     default = default_scaled_config if op == "scaled_matmul" else default_block_scaled_config
-    chosen = Config(**config) if config else default(device_kind, m, n, k)
+    chosen = Config(**config) if config else default(required_gpu(op), m, n, k)
     groups = -(-k // BLOCK)
     f32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     x, w = (jax.ShapeDtypeStruct((rows, k), jnp.float8_e4m3fn) for rows in (m, n))
@@ -103,7 +103,7 @@ def matmul(
 
 
 def grouped_matmul(
-    scales: ExpertScales,
+    scales: WeightGranularity,
     tokens: int,
     top_k: int,
     num_experts: int,
@@ -118,7 +118,7 @@ def grouped_matmul(
 
     Args:
         scales: of the weights.
-        tokens, top_k: there are tokens Â· top_k slots.
+        tokens, top_k: there are tokens · top_k slots.
         num_experts, n, k, row_groups: the stack.
         gathered: slots read rows of x by id, as gate_up does; otherwise slot i reads row i and has
             a weight, as down does.
@@ -140,14 +140,15 @@ def grouped_matmul(
     per_slot = jax.ShapeDtypeStruct((slots,), jnp.int32) if gathered else f32((slots,))
     kernel = functools.partial(
         grouped_scaled_matmul_triton,
+        granularity=scales,
         row_groups=row_groups,
         x_scale_layout=x_scale_layout,
         config=Config(**config) if config else None,
     )
 
     def program(x, x_scale, w, w_scale, sizes, per_slot):
-        slot_arguments = {"rows": per_slot} if gathered else {"row_weight": per_slot}
-        return kernel(x, x_scale, w, w_scale, sizes, **slot_arguments)
+        slots = Slots(sizes, row=per_slot) if gathered else Slots(sizes, weight=per_slot)
+        return kernel(x, x_scale, w, w_scale, slots)
 
     return Program(program, (x, x_scale, w, w_scale, sizes, per_slot))
 
@@ -155,7 +156,7 @@ def grouped_matmul(
 def routing(tokens: int, num_experts: int, top_k: int) -> Program:
     """From a router's bfloat16 logits to the work of an expert layer."""
     rule = expert_routing.Rule(
-        top_k, softmax_over="all", renormalise="yes", weight_dtype="bfloat16"
+        top_k=top_k, softmax_over="all", renormalise=True, weight_dtype="bfloat16"
     )
     run = functools.partial(expert_routing.route_experts_triton, rule=rule, block_m=16)
     return Program(

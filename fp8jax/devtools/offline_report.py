@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from fp8jax.devtools.offline_targets import Target
+from fp8jax.device import Gpu
 
 # Tensor-core instructions by operand type. Anything of "mma.sync" or "wgmma" on f16 in an FP8
 # kernel is the fallback to look for.
@@ -134,7 +134,7 @@ class CompileReport:
 
 def read_report(
     *,
-    target: Target,
+    gpu: Gpu,
     launches: str,
     hlo: str,
     ptxas: Iterable[tuple[str, str]],
@@ -143,7 +143,7 @@ def read_report(
     """Join the compiler's outputs.
 
     Args:
-        target: the GPU.
+        gpu: what was compiled for.
         launches: XLA's list of launches.
         hlo: the optimized HLO.
         ptxas: PTX and `-v` log of each call, in order of time: XLA may compile a kernel twice, and
@@ -172,21 +172,21 @@ def read_report(
                 instructions=_instructions(body),
                 copy_widths=_copy_widths(body),
                 blocks_per_sm=blocks_per_sm(
-                    target, registers=registers, threads=threads, shared_bytes=shared
+                    gpu, registers=registers, threads=threads, shared_bytes=shared
                 ),
             )
-    return CompileReport(target.name, kernels, tuple(order), _buffers(hlo), dict(bytes_by_use))
+    return CompileReport(gpu.kind, kernels, tuple(order), _buffers(hlo), dict(bytes_by_use))
 
 
-def blocks_per_sm(target: Target, *, registers: int, threads: int, shared_bytes: int) -> int:
+def blocks_per_sm(gpu: Gpu, *, registers: int, threads: int, shared_bytes: int) -> int:
     """Blocks that an SM holds at once; Blackwell's tensor memory is not counted."""
     warps = -(-threads // 32)
     registers_per_warp = -(-registers // 8) * 8 * 32  # allocated in units of 256
     return min(
-        target.blocks_per_core,
-        target.threads_per_core // (warps * 32),
-        65536 // registers_per_warp // warps if registers else target.blocks_per_core,
-        target.shared_per_core // (shared_bytes + 1024),
+        gpu.blocks_per_core,
+        gpu.threads_per_core // (warps * 32),
+        65536 // registers_per_warp // warps if registers else gpu.blocks_per_core,
+        gpu.shared_per_core // (shared_bytes + 1024),
     )
 
 

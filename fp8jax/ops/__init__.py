@@ -1,33 +1,11 @@
-"""What layers call: products, norms, attention and activations, each with the choice of what runs
-it."""
+"""What layers call: one family of operations a file, each with the choice of what runs it.
 
-from fp8jax.ops.choice import IMPLEMENTATIONS, Implementation
-from fp8jax.ops.matmul import (
-    PartialSums,
-    QActivation,
-    float_matmul,
-    grouped_block_m,
-    grouped_matmul,
-    grouped_scaled_matmul,
-    precision_of,
-    product,
-    quantize_activation,
-    scaled_matmul,
-    scaled_matmul_in_parts,
-)
-
-__all__ = [
-    "IMPLEMENTATIONS",
-    "Implementation",
-    "PartialSums",
-    "QActivation",
-    "float_matmul",
-    "grouped_block_m",
-    "grouped_matmul",
-    "grouped_scaled_matmul",
-    "precision_of",
-    "product",
-    "quantize_activation",
-    "scaled_matmul",
-    "scaled_matmul_in_parts",
-]
+choice        which implementation, resolved once a trace; decisions: told to who wants to know
+values        what operations hand to each other: QActivation, PartialSums, Stream
+matmul        products with weights, and the quantization of what they multiply
+norm          RMSNorm of the residual stream
+attention     over fresh tokens or the cache
+activation    the gated activation of an MLP
+experts       routing, and products with stacks of experts
+gradients     how a derivative gets past the codes
+"""

@@ -18,13 +18,16 @@ Weights as codes and scales cannot be trained: a gradient step is far smaller th
 two codes. Asking for it is an error (`refused`) rather than zeros. What can be trained over an FP8
 model is everything that is float: inputs, embeddings, norms, adapters beside its layers.
 
-    loss = lambda adapters, x: …  y = ops.scaled_matmul(x, w) + (x @ adapters["a"]) @ adapters["b"]  …
-    jax.grad(loss)(adapters, x)                                # w is closed over, or an argument that grad leaves alone
+    def loss(adapters, x):
+        y = scaled_matmul(x, w) + (x @ adapters["a"]) @ adapters["b"]
+        …
+    jax.grad(loss)(adapters, x)       # w is closed over, or an argument that grad leaves alone
 
 Source: Bengio, Léonard, Courville 2013, section 3.1, for the straight-through estimate.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -32,7 +35,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from fp8jax.no_gradient import refused
-from fp8jax.pallas_kernels.grouped_matmul import over_tiles, tile_list
+from fp8jax.pallas_kernels.grouped_matmul import Slots, over_tiles, tile_list
 
 _CODES_ARE_CONSTANT = (
     "codes and scales of a QActivation have no gradient. Make it with fp8jax.quantize_activation, "
@@ -111,64 +114,58 @@ def product_with(dy: jax.Array, weight: jax.Array, dtype: jax.typing.DTypeLike) 
     )
 
 
+def of_slots(slots: Slots, d_weight: jax.Array | None) -> Any:
+    """The cotangent of slots, of which only the weights have one."""
+    nothing: Any = None
+    return replace(slots, sizes=nothing, row=None, out_row=None, work=None, weight=d_weight)
+
+
 def grouped_backward(
     dy: jax.Array,
     weight_of: Callable[[jax.Array], jax.Array],
     x: Callable[[], jax.Array],
     x_shape: tuple[int, ...],
-    sizes: jax.Array,
+    slots: Slots,
     *,
-    rows: jax.Array | None,
-    row_weight: jax.Array | None,
-    out_rows: jax.Array | None,
     dtype: jax.typing.DTypeLike,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Gradients of a grouped product with respect to its rows and the weights of its slots.
 
-    With g[slot] = dy[out_rows[slot]] @ ŵ[expert of slot]: d row_weight[slot] = g · x̂[rows[slot]],
-    and dx[row] is the sum of row_weight · g over the slots that read the row.
+    With g[slot] = dy[out_row[slot]] @ ŵ[expert of slot]: d weight[slot] = g · x̂[row[slot]], and
+    dx[row] is the sum of weight · g over the slots that read the row.
 
     Args:
         dy: float `[r, n]`.
         weight_of: expert -> its weight `[n, k]`, any float.
-        x: the rows `[m, k]` that were multiplied, called where row_weight needs them.
+        x: the rows `[m, k]` that were multiplied, called where slots have a weight.
         x_shape: m, k.
-        sizes, rows, row_weight, out_rows: as of `ops.grouped_scaled_matmul`.
+        slots: which rows met which expert.
         dtype: of activations.
     Returns:
-        dx in that dtype, and d row_weight float32 or None.
+        dx in that dtype, and d weight float32 or None.
     """
-    (slots, n), (m, k) = dy.shape, x_shape
-    if out_rows is not None:
-        dy = dy[out_rows]
+    (count, _), (m, k) = dy.shape, x_shape
+    if slots.out_row is not None:
+        dy = dy[slots.out_row]
 
     def product(expert: jax.Array, tile: jax.Array) -> jax.Array:
         return product_with(dy[tile], weight_of(expert), dtype)
 
-    stack = (sizes.shape[0], k, n)
-    g = over_tiles(product, slots, stack, sizes, None, None, None, jnp.float32)
-    d_row_weight = None
-    if row_weight is not None:
+    g = over_tiles(product, Slots(slots.sizes), m=count, n=k, out_dtype=jnp.float32)
+    d_weight = None
+    if slots.weight is not None:
         # What lies in the place of padding may be NaN, and 0 · NaN is not 0.
-        used = jnp.arange(slots, dtype=jnp.int32) < jnp.sum(sizes)
+        used = jnp.arange(count, dtype=jnp.int32) < jnp.sum(slots.sizes)
         read = x().astype(jnp.float32)
-        read = read if rows is None else read[rows]
-        d_row_weight = jnp.where(used, jnp.sum(g * read, axis=1), jnp.float32(0))
-        g = jnp.where(used, row_weight, jnp.float32(0))[:, None] * g
-    if rows is not None:
-        g = jnp.zeros((m, k), jnp.float32).at[rows].add(g)
-    return g.astype(dtype), d_row_weight
+        read = read if slots.row is None else read[slots.row]
+        d_weight = jnp.where(used, jnp.sum(g * read, axis=1), jnp.float32(0))
+        g = jnp.where(used, slots.weight, jnp.float32(0))[:, None] * g
+    if slots.row is not None:
+        g = jnp.zeros((m, k), jnp.float32).at[slots.row].add(g)
+    return g.astype(dtype), d_weight
 
 
-def grouped_weight_gradient(
-    x: jax.Array,
-    dy: jax.Array,
-    sizes: jax.Array,
-    *,
-    rows: jax.Array | None,
-    row_weight: jax.Array | None,
-    out_rows: jax.Array | None,
-) -> jax.Array:
+def grouped_weight_gradient(x: jax.Array, dy: jax.Array, slots: Slots) -> jax.Array:
     """Gradient of a grouped product with respect to a stack of floats, which has the dtype of x.
 
     An expert's tiles follow each other, so that one expert at a time is summed in float32 beside
@@ -177,24 +174,24 @@ def grouped_weight_gradient(
     Args:
         x: float `[m, k]`.
         dy: float `[r, n]`.
-        sizes, rows, row_weight, out_rows: as of `ops.grouped_scaled_matmul`.
+        slots: which rows met which expert.
     Returns:
         `[e, n, k]`.
     """
-    (slots, n), (m, k), num_experts = dy.shape, x.shape, sizes.shape[0]
-    rows = jnp.arange(m, dtype=jnp.int32) if rows is None else rows
-    block_m = min(128, max(8, slots))
-    tiles = tile_list(sizes, slots, block_m)
-    at_slot = jnp.arange(slots, dtype=jnp.int32) if out_rows is None else out_rows
+    (count, n), (m, k), num_experts = dy.shape, x.shape, slots.sizes.shape[0]
+    row = jnp.arange(m, dtype=jnp.int32) if slots.row is None else slots.row
+    block_m = min(128, max(8, count))
+    tiles = tile_list(slots.sizes, count, block_m)
+    at_slot = jnp.arange(count, dtype=jnp.int32) if slots.out_row is None else slots.out_row
 
     def add_tile(j: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         total, stack = state
         expert, slot = tiles.expert[j], tiles.start[j] + jnp.arange(block_m, dtype=jnp.int32)
-        inside, slot = slot < tiles.end[j], jnp.minimum(slot, slots - 1)
+        inside, slot = slot < tiles.end[j], jnp.minimum(slot, count - 1)
         left = dy[at_slot[slot]].astype(jnp.float32)
-        left = left if row_weight is None else left * row_weight[slot][:, None]
+        left = left if slots.weight is None else left * slots.weight[slot][:, None]
         left = jnp.where(inside[:, None], left, jnp.float32(0))
-        right = jnp.where(inside[:, None], x[rows[slot]], jnp.zeros((), x.dtype))
+        right = jnp.where(inside[:, None], x[row[slot]], jnp.zeros((), x.dtype))
         added = product_with(left.T, right, x.dtype)
         is_first = (j == 0) | (tiles.expert[jnp.maximum(j - 1, 0)] != expert)
         total = jnp.where(is_first, added, total + added)

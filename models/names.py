@@ -9,9 +9,9 @@ what else is accepted after it; a layer is read in the way that most of its tens
 
 from typing import Any
 
+from fp8jax.models.config import ExpertNames, MoEConfig
 from fp8jax.models.config_fields import Neutral
 from fp8jax.models.hf_config import HFConfig
-from fp8jax.models.moe import ExpertNames, MoEConfig
 
 PER_EXPERT = ExpertNames(
     router="mlp.gate.weight",
