@@ -20,6 +20,8 @@ too_old = $(shell for name in $(CANDIDATES); do \
 	version=$$("$$name" -c '$(ASK)' 2>/dev/null); [ -z "$$version" ] || echo "$$name is $$version;"; done)
 
 test_env := $(VENV)/.installed-$(or $(EXTRAS),test)
+every_extra := test,offline-gpu
+test_all_env := $(VENV)/.installed-$(or $(EXTRAS),$(every_extra))
 demo_env := $(VENV)/.installed-$(or $(EXTRAS),demo)
 
 .NOTPARALLEL: # two installations into one environment at once would break it
@@ -33,11 +35,11 @@ demo: $(demo_env) ## load a real model as FP8 with both schemes, generate, and c
 	@echo "==> running the demo (results go to demo_output/)"
 	@$(RUN) scripts/demo.py
 
-test: $(test_env) ## run the tests, without those that take minutes each
+test: $(test_env) ## run the tests: a few minutes, every kind of case
 	@echo "==> running the tests"
 	@$(RUN) -m pytest -m "not slow" -n 2 --dist loadfile $(PYTEST_ARGS)
 
-test-all: $(test_env) ## run every test
+test-all: $(test_all_env) ## run every test, compilations for GPUs that are not here included
 	@echo "==> running all tests"
 	@$(RUN) -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 

@@ -14,14 +14,17 @@ or a token:
 Imports run in the same direction and never back.
 """
 
-from fp8jax.checkpoints.folder import Checkpoint, CheckpointError
+from fp8jax.checkpoints.errors import CheckpointError
 from fp8jax.checkpoints.load_report import LayerReport, LoadReport
+from fp8jax.explanation import Explanation
 from fp8jax.generation import Generated, decode_step, generate, prefill
-from fp8jax.language_model import Generation, LanguageModel
+from fp8jax.language_model import LanguageModel
 from fp8jax.loading import load_quantized
+from fp8jax.models.kv_cache import KVCache, LayerCache
 from fp8jax.ops.matmul import QActivation, quantize_activation, scaled_matmul
-from fp8jax.qarray import QArray, dequantize, quantize
+from fp8jax.qarray import QArray, SplitQArray, dequantize, quantize
 from fp8jax.quantization_config import QuantizationConfig
+from fp8jax.results import Generation, Score
 from fp8jax.sampling import Sampling, sample
 from fp8jax.schemes import FP8_PER_BLOCK, FP8_PER_CHANNEL, FP8_PER_TENSOR, SCHEMES, Scheme
 
@@ -30,11 +33,13 @@ __all__ = [
     "FP8_PER_CHANNEL",
     "FP8_PER_TENSOR",
     "SCHEMES",
-    "Checkpoint",
     "CheckpointError",
+    "Explanation",
     "Generated",
     "Generation",
+    "KVCache",
     "LanguageModel",
+    "LayerCache",
     "LayerReport",
     "LoadReport",
     "QActivation",
@@ -42,6 +47,8 @@ __all__ = [
     "QuantizationConfig",
     "Sampling",
     "Scheme",
+    "Score",
+    "SplitQArray",
     "decode_step",
     "dequantize",
     "generate",

@@ -3,9 +3,9 @@
 Every new shape is a new compilation, of seconds to a minute, so lengths and numbers of rows are
 rounded up:
 
-    tokens    16, 32, 64, 128, 256, 512, then 768, 1024, 1536, 2048, 3072, …      never more than the context
-    rows      1, 2, 4, 8, …                                                      never more than are run at once
-    end ids   8, 16, 32, …                                                       filled with −1, which no token is
+    tokens    16, 32, 64, 128, 256, 512, then 768, 1024, 1536, 2048, …    at most the context
+    rows      1, 2, 4, 8, …                                               at most what runs at once
+    end ids   8, 16, 32, …                                                filled with −1, no token
 
 Up to 512 tokens a prompt costs about as much as its padding (reading the weights is what takes
 time), so powers of two do; beyond, both time and cache grow with the length, and the halves between

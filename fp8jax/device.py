@@ -11,7 +11,8 @@ whole. A fact that no source states, or on which sources disagree, is None.
 
 Sources: the vendor's data sheets; for H100, H200, B200, GB200 and L40 also the specifications that
 ship with XLA (`xla/backends/gpu/target_config/specs`); for memory on an SM, the occupancy tables of
-the CUDA C++ Programming Guide.
+the CUDA C++ Programming Guide; for H20 and L20, which have no public data sheet, lists of GPUs that
+agree on these figures.
 """
 
 import functools
@@ -127,7 +128,7 @@ GPUS: tuple[Gpu, ...] = (
         fp8_flops=4500e12,
     ),
     _hopper(  # 96 GB at 4.0 TB/s or 144 GB at 4.9 TB/s
-        name="GH200", kind="NVIDIA GH200 480GB", cores=132, bf16_flops=990e12, fp8_flops=1979e12
+        name="GH200", kind="NVIDIA GH200 480GB", cores=132
     ),
     _hopper(
         name="H200",
@@ -166,10 +167,6 @@ GPUS: tuple[Gpu, ...] = (
         name="H800",
         kind="NVIDIA H800",
         cores=132,
-        bandwidth=3.35e12,
-        bf16_flops=989e12,
-        fp8_flops=1979e12,
-        l2_bytes=50 * _MIB,
     ),
     _hopper(
         name="H20",
@@ -208,8 +205,6 @@ GPUS: tuple[Gpu, ...] = (
         cores=92,
         clock_ghz=2.52,
         bandwidth=864e9,
-        bf16_flops=119.5e12,
-        fp8_flops=239e12,
         l2_bytes=96 * _MIB,
         memory_bytes=48 * 10**9,
     ),

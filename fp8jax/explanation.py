@@ -64,7 +64,7 @@ class Explanation:
                 for decision, layers in zip(decisions, self.layers[phase], strict=True):
                     table.add_row(
                         _ranges(layers),
-                        _LAYER.sub("", decision.where).removeprefix("model.").strip("."),
+                        decision.where.removeprefix("model.").removeprefix("layers.*."),
                         decision.op,
                         " ".join(f"{name}={value}" for name, value in decision.shape.items()),
                         "kernel" if decision.kernel else "XLA",

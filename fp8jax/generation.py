@@ -58,7 +58,9 @@ def prefill(
     _expect_between("prefill", "lengths", lengths, 0, t)
     lengths = jnp.asarray(lengths, jnp.int32)
     valid = jnp.arange(t)[None] < lengths[:, None]
-    hidden, cache = model.hidden_states(token_ids, cache=cache, valid=valid)  # pyright: ignore[reportAssignmentType]
+    hidden, cache = model.hidden_states(  # pyright: ignore[reportAssignmentType]
+        token_ids, cache=cache, valid=valid
+    )
     last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
     return model.logits(last), cache
 

@@ -1,10 +1,10 @@
 """generation_config.json: what a checkpoint asks of `generate` where the caller says nothing.
 
     read      do_sample, temperature, top_k, top_p, min_p, max_new_tokens, max_length, eos_token_id
-    neutral   fields about how transformers runs (caches, compilation, what it returns, speculative decoding, which changes
-              no distribution): whatever they say, continuations are the same
-    the rest  penalties, beams, suppressed tokens, …: not applied. A value that would change what is generated is named in
-              one warning when the model is loaded
+    neutral   fields about how transformers runs (caches, compilation, what it returns, speculative
+              decoding, which changes no distribution): continuations are the same
+    the rest  penalties, beams, suppressed tokens, …: not applied. A value that would change what is
+              generated is named in one warning when the model is loaded
 
 Sampling happens where `do_sample` is true, else decoding is greedy. Unlike transformers, which
 samples among the 50 likeliest tokens where the file says nothing of top_k, fp8jax filters only
@@ -28,11 +28,14 @@ APPLIED = frozenset(
 )
 
 NEUTRAL = frozenset(
-    """use_cache cache_implementation cache_config max_cache_len low_memory prefill_chunk_size compile_config disable_compile
-    continuous_batching_config output_attentions output_hidden_states output_scores output_logits return_dict_in_generate
-    pad_token_id bos_token_id decoder_start_token_id renormalize_logits use_mtp is_assistant num_assistant_tokens
-    num_assistant_tokens_schedule assistant_confidence_threshold prompt_lookup_num_tokens max_matching_ngram_size
-    assistant_early_exit assistant_lookbehind target_lookbehind speculation_type transformers_version""".split()
+    """use_cache cache_implementation cache_config max_cache_len low_memory prefill_chunk_size
+    compile_config disable_compile continuous_batching_config output_attentions
+    output_hidden_states output_scores output_logits return_dict_in_generate pad_token_id
+    bos_token_id decoder_start_token_id renormalize_logits use_mtp is_assistant
+    num_assistant_tokens num_assistant_tokens_schedule assistant_confidence_threshold
+    prompt_lookup_num_tokens max_matching_ngram_size assistant_early_exit assistant_lookbehind
+    target_lookbehind speculation_type transformers_version
+    """.split()
 )
 """Fields that change no continuation, whatever their value."""
 

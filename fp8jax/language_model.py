@@ -11,9 +11,8 @@ import functools
 import operator
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -25,6 +24,7 @@ from fp8jax.explanation import Explanation, explain
 from fp8jax.generation_config import GenerationDefaults, read_generation_config
 from fp8jax.models import CausalLM
 from fp8jax.qarray import QArray, SplitQArray
+from fp8jax.results import Generation, Score
 from fp8jax.sampling import Sampling, numbers
 from fp8jax.tokenizer import FolderTokenizer, TextStream, render_chat
 
@@ -33,58 +33,6 @@ Prompt = str | Sequence[int]
 _TOKENS_A_PORTION = 32
 # Threads that share a new model make one `CompiledModel`.
 _MAKING_FUNCTIONS = threading.Lock()
-
-
-class _WhenRead:
-    """A dataclass field that may be given as a function without arguments, called when the field is
-    first read."""
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self._name = name
-
-    def __get__(self, instance: Any, owner: type | None = None) -> Any:
-        if instance is None:
-            raise AttributeError(
-                self._name
-            )  # a dataclass takes what the class gives as the default, and there is none
-        value = vars(instance)[self._name]
-        if callable(value):
-            value = vars(instance)[self._name] = value()
-        return value
-
-    def __set__(self, instance: Any, value: Any) -> None:
-        vars(instance)[self._name] = value
-
-
-@dataclass(frozen=True, kw_only=True)
-class Generation:
-    """One continuation.
-
-    Args:
-        text: the new tokens as text, special tokens left out; "" without a tokenizer. It is made
-            when it is first read, so that work with token ids never touches the tokenizer.
-        token_ids: the new tokens only, the end token included if it was generated.
-        finish_reason: "stop" where an end token came, "length" where max_new_tokens was reached.
-        logprobs: of each new token under the model itself (temperature 1, unfiltered), natural
-            logarithm.
-    """
-
-    text: str = cast(str, _WhenRead())
-    token_ids: list[int]
-    finish_reason: Literal["stop", "length"]
-    logprobs: list[float]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"text": self.text}  # a pickle holds the text, not the tokenizer
-
-
-@dataclass(frozen=True, kw_only=True)
-class Score:
-    """Log-probabilities of a given text: `logprobs[i]` is that of `token_ids[i + 1]` after those
-    before it."""
-
-    token_ids: list[int]
-    logprobs: list[float]
 
 
 class LanguageModel:

@@ -2,8 +2,9 @@
 holding the BF16 model.
 
     headers ──> abstract model ──> plan: which tensors of the file make which weight, and its scheme
-                                    │        every fault of names, shapes and dtypes in one error, before any work
-    file, piece by piece ──> quantize (one jitted function on the device) ──> the model's weight        `filling`
+                                    │        every fault of names, shapes and dtypes
+                                    │        in one error, before any work
+    file, piece by piece ──> quantize (one jitted function) ──> the model's weight      `filling`
 
 At any moment the process holds the finished weights and two pieces of some megabytes, however large
 a layer is. The loaded model owns its memory. NaN and Inf are looked for in every tensor on its way
@@ -48,31 +49,24 @@ logger = logging.getLogger("fp8jax")
 
 DTYPES = ("bfloat16", "float16", "float32")
 _SHORT_NAMES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32"}
-_BAR_DISABLED: dict[Any, bool | None] = {
-    "auto": None,
-    "on": False,
-    "off": True,
-    True: False,
-    False: True,
-}
 
 
 def load_quantized(
     repo: str | os.PathLike[str],
-    scheme: str | None = "fp8_per_tensor",
+    scheme: str | Scheme | None = "fp8_per_tensor",
     *,
     quantization_config: Mapping[str, Any] | None = None,
     dtype: DTypeLike = "bfloat16",
     implementation: Implementation = "auto",
     revision: str | None = None,
-    progress: Literal["auto", "on", "off"] | bool = "auto",
+    progress: Literal["auto"] | bool = "auto",
 ) -> LanguageModel:
     """Load a checkpoint and quantize its linear and expert weights on the way.
 
     Args:
         repo: a folder in Hugging Face layout, or a hub repository id.
-        scheme: "fp8_per_tensor", "fp8_per_block", "online" (everything is in
-            `quantization_config`), or None for no quantization.
+        scheme: one of `fp8jax.SCHEMES` by name ("fp8_per_block") or as a `Scheme`; "online" where
+            everything is in `quantization_config`; None for no quantization.
         quantization_config: overrides and exceptions, see `QuantizationConfig`.
         dtype: of activations and unquantized weights: bfloat16, float16 or float32 (which is full
             float32, no TF32), as a name, a short name ("bf16", "fp16", "fp32") or a NumPy or JAX
@@ -80,8 +74,7 @@ def load_quantized(
             tensors.
         implementation: "xla", "triton" or "auto", see `ops/choice.py`; "triton_interpreted" for tests.
         revision: branch, tag or commit of a hub repository.
-        progress: a progress bar on stderr: "on" or True, "off" or False; "auto" shows it on
-            terminals.
+        progress: whether to show a progress bar on stderr; "auto" for terminals only.
     Returns:
         The model with its tokenizer, configuration and load report.
     Raises:
@@ -125,7 +118,7 @@ def load_quantized(
             schemes,
             quantization,
             dtype=own_dtype,
-            disable_bar=_BAR_DISABLED[progress],
+            disable_bar=None if progress == "auto" else not progress,
         )
         checkpoint.verify_unchanged()
     finished = time.perf_counter()
@@ -208,10 +201,10 @@ def _check_arguments(
         raise ValueError(
             f"repo is {repo!r}; give a checkpoint folder or a hub id such as 'org/name'"
         )
-    if not isinstance(scheme, str | None):
+    if not isinstance(scheme, str | Scheme | None):
         raise ValueError(
-            f"scheme is {scheme!r}; give the name of one, 'fp8_per_block' say, or None for no "
-            "quantization"
+            f"scheme is {scheme!r}; give the name of one, 'fp8_per_block' say, a Scheme, or None "
+            "for no quantization"
         )
     if not isinstance(quantization_config, Mapping | None):
         raise ValueError(
@@ -227,8 +220,8 @@ def _check_arguments(
             f"revision is {revision!r}; give a branch, tag or commit of the hub repository, or "
             "leave it out"
         )
-    if not isinstance(progress, str | bool) or progress not in _BAR_DISABLED:
-        raise ValueError(f"progress is {progress!r}; choose one of auto, on, off, True, False")
+    if progress != "auto" and not isinstance(progress, bool):
+        raise ValueError(f"progress is {progress!r}; choose one of True, False, 'auto'")
 
 
 def _resolve(
@@ -236,7 +229,8 @@ def _resolve(
 ) -> tuple[dict[str, Scheme | None], list[str]]:
     """Each layer's scheme by name, and warnings about `ignore` entries that matched nothing."""
     candidates: dict[str, tuple[str, LayerKind, Sequence[str]]] = {}
-    schemes, others = {}, ["lm_head"]
+    schemes = {}
+    others = ["lm_head"]  # to name it is no mistake where it is tied and so has no parameter
     for p in parameters:
         if p.kind == "other":
             # Under the checkpoint's name, too, if it has another one.

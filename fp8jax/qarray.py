@@ -2,19 +2,16 @@
 
     s = amax / 448        q = round_e4m3(clip(w · (1/s), ±448))        w ≈ q · s
 
-amax is the largest |w| of everything that shares the scale. Division and reciprocal are correctly
-rounded on every device (see `exact_division`), so scales and codes equal the reference's (vLLM's
-`scaled_fp8_quant` and `per_block_cast_to_fp8`) to the bit.
+amax is the largest |w| of the block that shares a scale, or the floor of the granularity where that
+is larger. Blocks at an edge are what is left of the matrix. The block, the floor and the shape of
+the scales stand in the table of `pallas_kernels/formats.py`. The functions here work for any block
+of rows × columns.
 
-| granularity | shares a scale                     | floor                            | scale shape          |
-|-------------|------------------------------------|----------------------------------|----------------------|
-| tensor      | the matrix; for experts, an expert | s ≥ 2⁻¹²⁶: zeros give q = 0      | `[1]`, experts `[e]` |
-| channel     | an output row                      | s ≥ 2⁻¹²⁶                        | `[n, 1]`             |
-| block       | 128×128, edge blocks their rest    | amax ≥ 1e-4                      | `[⌈n/128⌉, ⌈k/128⌉]` |
+Division and reciprocal are correctly rounded on every device (see `exact_division`), so that scales
+and codes equal the reference's (vLLM's `scaled_fp8_quant` and `per_block_cast_to_fp8`) to the bit.
 
 A stack of gate and up rows is two *row groups*: blocks are laid out in each half for itself, so
-that no block mixes the two when the half is not a multiple of 128 rows. Scales are then
-`[e, 2⌈i/128⌉, ⌈k/128⌉]`, gate first.
+that none mixes the two where a half is no multiple of the block.
 """
 
 from dataclasses import dataclass, field
@@ -25,11 +22,15 @@ import numpy as np
 from jax import lax
 
 from fp8jax import exact_division, no_gradient
-from fp8jax.pallas_kernels.formats import BLOCK, E4M3_MAX, unaddressable
+from fp8jax.pallas_kernels.formats import (
+    E4M3_MAX,
+    SMALLEST_NORMAL,
+    Granularity,
+    blocks,
+    unaddressable,
+)
 from fp8jax.schemes import Scheme, scheme_named
 
-_SMALLEST_NORMAL = 2.0**-126
-_BLOCK_AMAX_FLOOR = 1e-4
 _QUANTIZING_HAS_NO_GRADIENT = (
     "quantize has no gradient: rounding is a staircase. For the straight-through estimate write "
     "fixed = jax.lax.stop_gradient(w); w + (fp8jax.dequantize(fp8jax.quantize(fixed, scheme)) - "
@@ -44,7 +45,7 @@ class QArray:
 
     Args:
         qvalue: float8_e4m3fn `[n, k]`, or `[e, n, k]` for a stack of experts.
-        scale: float32 in the shape of the table above; the scale multiplies.
+        scale: float32, in the shape that the table of granularities gives; the scale multiplies.
         scheme: how it was made and how activations that meet it are quantized (static).
         row_groups: into how many equal groups of rows the blocks were laid out (static); 2 for an
             experts' gate and up.
@@ -74,7 +75,9 @@ class QArray:
                 f"QArray holds float8_e4m3fn codes and float32 scales, got {self.qvalue.dtype} and "
                 f"{self.scale.dtype}"
             )
-        expected = scale_shape(self.qvalue.shape, self.scheme, row_groups=self.row_groups)
+        expected = self.scheme.granularity.scale_shape(
+            self.qvalue.shape, row_groups=self.row_groups
+        )
         if self.scale.shape != expected:
             raise ValueError(
                 f"QArray of shape {self.qvalue.shape} under {self.scheme} has scales "
@@ -120,56 +123,50 @@ class SplitQArray:
         """The stack in one piece, copied."""
         codes = jnp.concatenate([part.qvalue for part in self.parts], axis=-2)
         scales = [part.scale for part in self.parts]
-        scale = jnp.concatenate(scales, axis=-2) if self.scheme.weight != "tensor" else scales[0]
+        one_scale = self.scheme.granularity.one_scale
+        scale = scales[0] if one_scale else jnp.concatenate(scales, axis=-2)
         return QArray(codes, scale, self.scheme, self.row_groups)
 
 
-def rows_of_parts(shape: tuple[int, ...], *, row_groups: int = 1) -> tuple[int, ...]:
+def rows_of_parts(
+    shape: tuple[int, ...], granularity: Granularity, *, row_groups: int = 1
+) -> tuple[int, ...]:
     """Into how many rows each a stack `[e, n, k]` has to be cut, `(n,)` where it can stay whole.
 
-    Parts end where a row group ends, or else at whole blocks of 128 rows, so that cutting changes
-    no scale. A stack of fewer than 256 rows and as large as that (16 million inputs and experts) is
+    Parts end where a row group ends, or else between whole blocks, so that cutting changes no
+    scale. A stack of fewer than 256 rows and as large as that (16 million inputs and experts) is
     left as it is; its kernel refuses it.
     """
     e, n, k = shape
     if not unaddressable(e * n * k):
         return (n,)
-    width = n // row_groups if row_groups > 1 else max(BLOCK, n // 2 // BLOCK * BLOCK)
+    step = granularity.row_step
+    width = n // row_groups if row_groups > 1 else max(step, n // 2 // step * step)
     starts = range(0, n, width)
     return tuple(min(width, n - start) for start in starts)
 
 
 def split_rows(q: QArray, rows: tuple[int, ...]) -> SplitQArray:
-    """Cut a weight `[n, k]` or `[e, n, k]` into parts of so many rows, as `rows_of_parts` gives
-    them."""
-    group_rows = q.shape[-2] // q.row_groups
-    codes = lax.bitcast_convert_type(
-        q.qvalue, jnp.uint8
-    )  # as bytes: a CPU would slice FP8 as float16
-    parts, start, block = [], 0, 0
+    """Cut a weight into parts of so many rows, as `rows_of_parts` gives them.
+
+    Args:
+        q: `[n, k]` or `[e, n, k]`.
+        rows: of each part, whole row groups or whole blocks of one.
+    """
+    group_rows, granularity = q.shape[-2] // q.row_groups, q.scheme.granularity
+    # As bytes: a CPU would slice FP8 as float16.
+    codes = lax.bitcast_convert_type(q.qvalue, jnp.uint8)
+    parts, row, scale_row = [], 0, 0
     for count in rows:
-        part = lax.bitcast_convert_type(codes[..., start : start + count, :], jnp.float8_e4m3fn)
+        part = lax.bitcast_convert_type(codes[..., row : row + count, :], jnp.float8_e4m3fn)
         groups = max(1, count // group_rows)
-        scale, blocks = q.scale, groups * -(-(count // groups) // BLOCK)
-        if q.scheme.weight == "block":
-            scale = scale[..., block : block + blocks, :]
-        elif q.scheme.weight == "channel":
-            scale = scale[..., start : start + count, :]
+        scale_rows = granularity.scale_rows(count, row_groups=groups)
+        scale = q.scale
+        if not granularity.one_scale:
+            scale = scale[..., scale_row : scale_row + scale_rows, :]
         parts.append(QArray(part, scale, q.scheme, groups))
-        start, block = start + count, block + blocks
+        row, scale_row = row + count, scale_row + scale_rows
     return SplitQArray(tuple(parts), q.row_groups)
-
-
-def scale_shape(shape: tuple[int, ...], scheme: Scheme, *, row_groups: int = 1) -> tuple[int, ...]:
-    """Shape of the scales of a weight of this shape, `[n, k]` or `[e, n, k]`."""
-    *experts, n, k = shape
-    match scheme.weight:
-        case "tensor":
-            return tuple(experts) or (1,)
-        case "channel":
-            return (*experts, n, 1)
-        case "block":
-            return (*experts, row_groups * -(-n // row_groups // BLOCK), -(-k // BLOCK))
 
 
 def quantize(
@@ -186,7 +183,7 @@ def quantize(
     Args:
         weight: bfloat16, float16 or float32, `[n, k]` or `[e, n, k]`. NaN and Inf are not looked
             for here; the loader does.
-        scheme: `"fp8_per_tensor"`, `"fp8_per_block"` or a `Scheme`.
+        scheme: the name of one, `"fp8_per_block"`, or a `Scheme`.
         row_groups: number of equal row groups whose blocks never mix (see the module's text).
         amax: float32 `[1]`, the largest |w| of all that shares the scale, where `weight` is a part
             of a matrix that has one scale; None for what `weight` itself has.
@@ -198,7 +195,7 @@ def quantize(
         TypeError: someone differentiates with respect to the weight.
     Source: vLLM 0.20.2, scaled_fp8_quant (dynamic) and per_block_cast_to_fp8.
     """
-    scheme = scheme_named(scheme) if isinstance(scheme, str) else scheme
+    scheme = scheme_named(scheme)
     weight = jnp.asarray(weight)
     if weight.ndim not in (2, 3) or weight.size == 0:
         raise ValueError(
@@ -211,41 +208,36 @@ def quantize(
         raise ValueError(f"{weight.shape[-2]} rows do not split into {row_groups} equal row groups")
     weight = no_gradient.refused(weight, TypeError(_QUANTIZING_HAS_NO_GRADIENT))
 
-    if amax is not None and (scheme.weight != "tensor" or weight.ndim != 2):
+    granularity = scheme.granularity
+    if amax is not None and not (granularity.one_scale and weight.ndim == 2):
         raise ValueError(
             f"quantize takes amax for a matrix with one scale, got it for {weight.shape} under "
             f"{scheme}"
         )
-    if scheme.weight == "block":
-        qvalue, scale = _quantize_blocks(weight, row_groups)
-    else:
-        axes = (-2, -1) if scheme.weight == "tensor" else (-1,)
-        if amax is None:
-            amax = jnp.max(jnp.abs(weight), axis=axes, keepdims=True).astype(jnp.float32)
-        else:
-            amax = amax.reshape(1, 1)
-        scale = jnp.maximum(
-            exact_division.divide(amax, jnp.float32(E4M3_MAX)), jnp.float32(_SMALLEST_NORMAL)
-        )
-        qvalue = _to_e4m3(
-            _multiply_with_subnormals(weight, exact_division.divide(jnp.float32(1), scale))
-        )
-        scale = scale.reshape(scale_shape(weight.shape, scheme))
+    amax = _block_amax(weight, granularity, row_groups) if amax is None else amax.reshape(1, 1)
+    amax = jnp.maximum(amax, jnp.float32(granularity.amax_floor))
+    scale = exact_division.divide(amax, jnp.float32(E4M3_MAX))
+    scale = scale.reshape(*weight.shape[:-2], -1, scale.shape[-1])
+    reciprocal = _per_element(
+        exact_division.divide(jnp.float32(1), scale), weight.shape, granularity, row_groups
+    )
+    multiply = _multiply_with_subnormals if granularity.subnormals_count else _multiply
+    qvalue = _to_e4m3(multiply(weight, reciprocal))
+    scale = scale.reshape(granularity.scale_shape(weight.shape, row_groups=row_groups))
     return QArray(qvalue, scale, scheme, row_groups)
 
 
 def dequantize(q: QArray) -> jax.Array:
-    """The weight that the codes stand for: q · s, float32, of the shape of `q.qvalue`. Codes and
-    scales have no gradient."""
+    """The weight that the codes stand for: q · s.
+
+    Codes and scales have no gradient.
+
+    Returns:
+        float32 of the shape of `q.qvalue`.
+    """
     q = no_gradient.constant_weight(q)
     codes = q.qvalue.astype(jnp.float32)
-    match q.scheme.weight:
-        case "tensor":
-            return codes * q.scale.reshape(*q.shape[:-2], 1, 1)
-        case "channel":
-            return codes * q.scale
-        case "block":
-            return codes * expand_block_scale(q.scale, q.shape, row_groups=q.row_groups)
+    return codes * _per_element(_scale_matrix(q), q.shape, q.scheme.granularity, q.row_groups)
 
 
 def dequantize_rows(q: QArray, rows: np.ndarray) -> jax.Array:
@@ -255,58 +247,72 @@ def dequantize_rows(q: QArray, rows: np.ndarray) -> jax.Array:
         q: `[n, k]` or `[e, n, k]`.
         rows: int `[r]`, known at trace time.
     """
+    granularity, (n, k) = q.scheme.granularity, q.shape[-2:]
     codes = q.qvalue[..., rows, :].astype(jnp.float32)
-    match q.scheme.weight:
-        case "tensor":
-            return codes * q.scale.reshape(*q.shape[:-2], 1, 1)
-        case "channel":
-            return codes * q.scale[..., rows, :]
-        case "block":
-            group, row = np.divmod(rows, q.shape[-2] // q.row_groups)
-            block = group * (q.scale.shape[-2] // q.row_groups) + row // BLOCK
-            return codes * jnp.repeat(q.scale[..., block, :], BLOCK, axis=-1)[..., : q.shape[-1]]
+    scale = _scale_matrix(q)
+    if granularity.rows is not None:
+        group, row = np.divmod(rows, n // q.row_groups)
+        scale_rows_of_group = granularity.scale_rows(n // q.row_groups)
+        scale = scale[..., group * scale_rows_of_group + row // granularity.rows, :]
+    return codes * _repeated(scale, granularity.columns, k, axis=-1)
 
 
-def expand_block_scale(
-    scale: jax.Array, shape: tuple[int, ...], *, row_groups: int = 1
-) -> jax.Array:
-    """Scales of 128×128 blocks repeated to one per element, `[..., n, k]`."""
-    *experts, n, k = shape
-    rows = scale.reshape(*experts, row_groups, -1, scale.shape[-1])
-    rows = jnp.repeat(rows, BLOCK, axis=-2)[..., : n // row_groups, :].reshape(
-        *experts, n, scale.shape[-1]
-    )
-    return jnp.repeat(rows, BLOCK, axis=-1)[..., :k]
+def _scale_matrix(q: QArray) -> jax.Array:
+    """The scales as `[..., rows of blocks, columns of blocks]`."""
+    return q.scale.reshape(*q.shape[:-2], 1, 1) if q.scheme.granularity.one_scale else q.scale
 
 
-def _quantize_blocks(weight: jax.Array, row_groups: int) -> tuple[jax.Array, jax.Array]:
+def _block_amax(weight: jax.Array, granularity: Granularity, row_groups: int) -> jax.Array:
+    """float32 `[..., row groups, rows of blocks, columns of blocks]`: the largest |w| of each."""
     *experts, n, k = weight.shape
-    rows = n // row_groups
-    row_blocks, column_blocks = -(-rows // BLOCK), -(-k // BLOCK)
-    # Zeros around an edge block do not change its amax: its scale comes from its real elements.
-    margin = [(0, 0)] * (len(experts) + 1) + [
-        (0, row_blocks * BLOCK - rows),
-        (0, column_blocks * BLOCK - k),
-    ]
-    padded = jnp.pad(weight.reshape(*experts, row_groups, rows, k), margin)
-    blocks = padded.reshape(*experts, row_groups, row_blocks, BLOCK, column_blocks, BLOCK)
-    amax = jnp.max(jnp.abs(blocks), axis=(-3, -1)).astype(jnp.float32)
-    amax = jnp.maximum(amax, jnp.float32(_BLOCK_AMAX_FLOOR))
-    scale = exact_division.divide(amax, jnp.float32(E4M3_MAX))
-    scale = scale.reshape(*experts, row_groups * row_blocks, column_blocks)
-    reciprocal = exact_division.divide(jnp.float32(1), scale)
-    # With s ≥ 1e-4/448 a subnormal weight is far below half the smallest code: flushing it to zero
-    # gives the right code, 0.
-    qvalue = _to_e4m3(
-        weight.astype(jnp.float32)
-        * expand_block_scale(reciprocal, weight.shape, row_groups=row_groups)
-    )
-    return qvalue, scale
+    groups = 1 if granularity.one_scale else row_groups
+    magnitude = jnp.abs(weight).reshape(*experts, groups, n // groups, k)
+    magnitude = _largest(magnitude, granularity.rows, axis=-2)
+    return _largest(magnitude, granularity.columns, axis=-1).astype(jnp.float32)
+
+
+def _largest(magnitude: jax.Array, block: int | None, *, axis: int) -> jax.Array:
+    """The largest of each block along one axis, which becomes as long as there are blocks."""
+    if block == 1:
+        return magnitude
+    if block is None:
+        return jnp.max(magnitude, axis=axis, keepdims=True)
+    # Zeros behind an edge block do not change its amax, which comes from its real elements.
+    size, axis = magnitude.shape[axis], axis % magnitude.ndim
+    margin = [(0, 0)] * magnitude.ndim
+    margin[axis] = (0, blocks(size, block) * block - size)
+    shape = (*magnitude.shape[:axis], -1, block, *magnitude.shape[axis + 1 :])
+    return jnp.max(jnp.pad(magnitude, margin).reshape(shape), axis=axis + 1)
+
+
+def _per_element(
+    scale: jax.Array, shape: tuple[int, ...], granularity: Granularity, row_groups: int
+) -> jax.Array:
+    """Scales `[..., rows of blocks, columns of blocks]` repeated until they broadcast to the
+    elements of `shape`."""
+    *experts, n, k = shape
+    groups = 1 if granularity.one_scale else row_groups
+    rows = scale.reshape(*experts, groups, -1, scale.shape[-1])
+    rows = _repeated(rows, granularity.rows, n // groups, axis=-2)
+    rows = rows.reshape(*experts, -1, scale.shape[-1])
+    return _repeated(rows, granularity.columns, k, axis=-1)
+
+
+def _repeated(scale: jax.Array, block: int | None, size: int, *, axis: int) -> jax.Array:
+    """Each scale as often as its block is long, along one axis; as it is where it broadcasts."""
+    if block is None or block == 1:
+        return scale
+    return lax.slice_in_dim(jnp.repeat(scale, block, axis=axis), 0, size, axis=axis)
 
 
 def _to_e4m3(x: jax.Array) -> jax.Array:
     # JAX's cast gives NaN above 464 instead of saturating.
     return jnp.clip(x, jnp.float32(-E4M3_MAX), jnp.float32(E4M3_MAX)).astype(jnp.float8_e4m3fn)
+
+
+def _multiply(weight: jax.Array, reciprocal: jax.Array) -> jax.Array:
+    """float32(weight) · reciprocal, subnormal weights perhaps taken for 0."""
+    return weight.astype(jnp.float32) * reciprocal
 
 
 def _multiply_with_subnormals(weight: jax.Array, reciprocal: jax.Array) -> jax.Array:
@@ -327,5 +333,5 @@ def _multiply_with_subnormals(weight: jax.Array, reciprocal: jax.Array) -> jax.A
     mantissa = (bits & jnp.uint32((1 << 23) - 1)).astype(jnp.float32) * jnp.float32(2.0**-23)
     sign = jnp.where(bits >> jnp.uint32(31) == 0, jnp.float32(1), jnp.float32(-1))
     subnormal = ((bits >> jnp.uint32(23)) & jnp.uint32(255)) == 0
-    tiny = sign * mantissa * (reciprocal * jnp.float32(_SMALLEST_NORMAL))
+    tiny = sign * mantissa * (reciprocal * jnp.float32(SMALLEST_NORMAL))
     return jnp.where(subnormal, tiny, wide * reciprocal)

@@ -1,16 +1,21 @@
 """Which layer gets which scheme: the keys of vLLM's `quantization_config` for online quantization.
 
-    key                       newer spelling   meaning
-    global_scheme                              scheme of every linear and expert layer (the `scheme` argument fills it
-    in) linear_scheme_override    linear           scheme of the linear layers instead
+    key                       newer spelling   value
+    global_scheme                              scheme of every linear and expert layer
+    linear_scheme_override    linear           scheme of the linear layers instead
     moe_scheme_override       moe              scheme of the routed experts instead
-    ignore                                     layers that stay as they are: full module names, or `re:` and a regex
-    activation                                 "token" (default) or "tensor", for what is quantized by fp8_per_tensor
+    ignore                                     layers that stay as they are
+    activation                                 "token" (default) or "tensor"
 
-An `ignore` regex is matched from the start of the name (`re.match`) and need not reach its end;
-everything else must be equal to the name. A fused layer (`qkv_proj`) that is not listed literally
-is looked up by its shards' names (`q_proj`, `k_proj`, `v_proj`), which have to agree. lm_head,
-embeddings, norms and routers are never quantized. Source: vLLM 0.20.2, `should_ignore_layer`.
+The `scheme` argument fills in `global_scheme`. A scheme is a name or a `Scheme`. `activation`
+chooses between one scale a token and one for all tokens, where the weight leaves the choice
+(`fp8_per_tensor`).
+
+An entry of `ignore` is a full module name, or `re:` and a regex. A regex is matched from the start
+of the name (`re.match`) and need not reach its end; everything else must be equal to the name. A
+fused layer (`qkv_proj`) that is not listed literally is looked up by its shards' names (`q_proj`,
+`k_proj`, `v_proj`), which have to agree. What is never quantized, `never_quantized` says. Source:
+vLLM 0.20.2, `should_ignore_layer`.
 """
 
 import dataclasses
@@ -21,9 +26,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from fp8jax.pallas_kernels.formats import ActivationGranularity
 from fp8jax.schemes import (
-    FP8_PER_TENSOR,
-    FP8_PER_TENSOR_WHOLE_BATCH,
     SCHEMES,
     UNSUPPORTED_SCHEMES,
     Scheme,
@@ -38,9 +42,26 @@ _FUSED_SHARDS = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
     "gate_up_proj": ("gate_proj", "up_proj"),
 }
+# By last components of a name.
 _NEVER_QUANTIZED = re.compile(
-    r"(.*\.)?(lm_head|embed_tokens|norm|.*(layer)?norm|shared_expert_gate|router|router\.layer|(mlp|block_sparse_moe)\.gate)"
+    r"(.*\.)?("
+    r"embed_tokens"  # rows of it are looked up, not multiplied
+    r"|lm_head"  # its errors reach the logits undiminished; often it is the embedding, too
+    r"|.*norm|.*\.bias"  # vectors: nothing to save, and no product to speed up
+    # Routers are small, and a slight error picks another expert.
+    r"|router|router\.layer|(mlp|block_sparse_moe)\.gate|shared_expert_gate"
+    r")"
 )
+
+
+def never_quantized(name: str) -> bool:
+    """Whether a module stays as it is under every scheme: embeddings, lm_head, norms, biases and
+    routers.
+
+    Args:
+        name: the module's, "model.layers.0.mlp.gate"; for a bias with ".bias" behind it.
+    """
+    return _NEVER_QUANTIZED.fullmatch(name) is not None
 
 
 @dataclass(frozen=True)
@@ -81,13 +102,13 @@ class QuantizationConfig:
 
     @classmethod
     def parse(
-        cls, scheme: str | None, mapping: Mapping[str, Any] | None = None
+        cls, scheme: str | Scheme | None, mapping: Mapping[str, Any] | None = None
     ) -> "QuantizationConfig":
         """Read what the user wrote.
 
         Args:
-            scheme: "fp8_per_tensor", "fp8_per_block", "online" (everything is in `mapping`) or None
-                (no quantization).
+            scheme: one of `SCHEMES` by name, or a `Scheme`; "online" where everything is in
+                `mapping`; None for no quantization.
             mapping: the keys of the table above.
         Raises:
             ValueError: an unknown scheme or key (with the closest one), a conflict, a bad regex, a
@@ -95,13 +116,6 @@ class QuantizationConfig:
         """
         keys = _normalise_keys(mapping)
         methods = (*SCHEMES, "online")
-        if scheme is not None and scheme not in methods:
-            if scheme in UNSUPPORTED_SCHEMES:
-                scheme_named(scheme)
-            raise ValueError(
-                f"unknown quantization scheme {scheme!r}; it must be one of {', '.join(methods)}, "
-                "or None"
-            )
         if scheme is None:
             if keys:
                 raise ValueError(
@@ -109,24 +123,29 @@ class QuantizationConfig:
                     f"{', '.join(methods)}, got None with the keys {', '.join(keys)}"
                 )
             return cls()
+        if not isinstance(scheme, Scheme) and scheme not in methods:
+            if scheme in UNSUPPORTED_SCHEMES:
+                scheme_named(scheme)
+            raise ValueError(
+                f"unknown quantization scheme {scheme!r}; it must be one of {', '.join(methods)}, "
+                "or None"
+            )
 
-        global_name = keys.get("global_scheme")
+        of_all = keys.get("global_scheme")
         if scheme != "online":
-            if global_name not in (None, scheme):
+            if of_all is not None and scheme_named(of_all) != scheme_named(scheme):
                 raise ValueError(
                     f"scheme={scheme!r} conflicts with quantization_config's "
-                    f"global_scheme={global_name!r}: these must match when both are given"
+                    f"global_scheme={of_all!r}: these must match when both are given"
                 )
-            global_name = scheme
-        names = {
-            kind: keys.get(f"{kind}_scheme_override") or global_name for kind in ("linear", "moe")
-        }
-        if not any(names.values()):
+            of_all = scheme
+        given = {kind: keys.get(f"{kind}_scheme_override") or of_all for kind in ("linear", "moe")}
+        if not any(given.values()):
             raise ValueError(
                 'scheme "online" requires at least one of global_scheme, linear_scheme_override or '
                 "moe_scheme_override in quantization_config"
             )
-        schemes = {kind: scheme_named(name) if name else None for kind, name in names.items()}
+        schemes = {kind: scheme_named(one) if one else None for kind, one in given.items()}
         if "activation" in keys:
             schemes = _with_activation(schemes, keys["activation"])
         ignore = tuple(IgnoreEntry.parse(text) for text in keys.get("ignore", ()))
@@ -149,7 +168,7 @@ class QuantizationConfig:
         if kind not in ("linear", "moe"):
             raise ValueError(f"kind is 'linear' or 'moe', got {kind!r}")
         scheme = self.linear if kind == "linear" else self.moe
-        if scheme is None or (kind == "linear" and _NEVER_QUANTIZED.fullmatch(layer_name)):
+        if scheme is None or never_quantized(layer_name):
             return None
         return None if self._ignores(layer_name, _shard_names(layer_name, kind, shards)) else scheme
 
@@ -173,8 +192,8 @@ class QuantizationConfig:
         )
         warnings = []
         for entry in self.ignore:
-            # A regex that matches only a fused name has no effect in the seed's rule, so the fused
-            # name does not count as a match.
+            # vLLM asks a regex about the shards alone, so one that matches only the fused name
+            # has no effect, and the fused name does not count as a match.
             hits = [
                 n
                 for n in known
@@ -205,7 +224,7 @@ class QuantizationConfig:
 
 
 def _normalise_keys(mapping: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The mapping under the seed's key names, checked; keys whose value is None are dropped."""
+    """The mapping under vLLM's older key names, checked; keys whose value is None are dropped."""
     if mapping is None:
         return {}
     if not isinstance(mapping, Mapping):
@@ -258,20 +277,25 @@ def _normalise_keys(mapping: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def _with_activation(
-    schemes: dict[str, Scheme | None], activation: str
+    schemes: dict[str, Scheme | None], activation: ActivationGranularity
 ) -> dict[str, Scheme | None]:
-    if FP8_PER_TENSOR not in schemes.values():
+    """The schemes with another activation recipe, where their weights can take it."""
+
+    chosen = {
+        kind: dataclasses.replace(scheme, activation=activation)
+        for kind, scheme in schemes.items()
+        if scheme is not None and activation in scheme.granularity.activations
+    }
+    if not chosen:
+        choosing = [name for name, s in SCHEMES.items() if len(s.granularity.activations) > 1]
         effective = ", ".join(
             f"{kind}: {scheme.name if scheme else None}" for kind, scheme in schemes.items()
         )
         raise ValueError(
-            "quantization_config: 'activation' chooses the activation recipe of fp8_per_tensor, "
-            f"but no layer has that scheme ({effective})"
+            "quantization_config: 'activation' chooses the activation recipe of "
+            f"{', '.join(choosing)}, but no layer has that scheme ({effective})"
         )
-    chosen = FP8_PER_TENSOR_WHOLE_BATCH if activation == "tensor" else FP8_PER_TENSOR
-    return {
-        kind: chosen if scheme == FP8_PER_TENSOR else scheme for kind, scheme in schemes.items()
-    }
+    return schemes | chosen
 
 
 def _shard_names(layer_name: str, kind: LayerKind, shards: Sequence[str]) -> tuple[str, ...]:
@@ -287,18 +311,19 @@ def _no_match(entry: IgnoreEntry, known: list[str], shard_names: dict[str, tuple
     fused = [n for n, shards in shard_names.items() if shards != (n,) and entry.matches(n)]
     if fused:
         last = [shard.rpartition(".")[2] for shard in shard_names[fused[0]]]
-        hint = f"it matches the fused layer {fused[0]}, which is looked up by its shards: write a pattern for {', '.join(last)}"
+        hint = (
+            f"it matches the fused layer {fused[0]}, which is looked up by its shards: write a "
+            f"pattern for {', '.join(last)}"
+        )
     elif entry.pattern is None and (globbed := fnmatch.filter(known, entry.text)):
         regex = "re:" + ".*".join(re.escape(part) for part in entry.text.split("*")) + "$"
         hint = f"globs are not supported; as a regex it would be '{regex}' ({len(globbed)} layers)"
     elif entry.pattern is None and (ends := [n for n in known if n.endswith(f".{text}")]):
-        hint = f"names are matched whole: write '{ends[0]}', or 're:.*{re.escape(text)}$' for all {len(ends)} layers"
+        hint = (
+            f"names are matched whole: write '{ends[0]}', or 're:.*{re.escape(text)}$' for all "
+            f"{len(ends)} layers"
+        )
     else:
         close = difflib.get_close_matches(text.removesuffix(".weight"), known, n=3, cutoff=0.0)
         hint = f"the closest layer names are {', '.join(close)}"
     return f"quantization_config: ignore entry '{entry.text}' matched no layer; {hint}"
-
-
-def described(scheme: Scheme | None) -> dict[str, Any] | None:
-    """A scheme as plain data, for reports."""
-    return dataclasses.asdict(scheme) if scheme else None

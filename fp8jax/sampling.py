@@ -10,7 +10,7 @@ on its seed and on how many tokens it has generated, on nothing else, so its tok
 who shares the batch:
 
     key = fold_in(key(seed), n)                       a row with a seed of its own
-    key = fold_in(fold_in(key(seed), row), n)         row number `row` of prompts that share one seed
+    key = fold_in(fold_in(key(seed), row), n)         row `row` of those that share one seed
 
 The row's number is folded in, not added to the seed: with seed + row, row 1 of seed 0 would draw
 what row 0 of seed 1 draws, and repeating an experiment with the next seed would repeat most of its

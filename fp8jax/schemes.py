@@ -1,19 +1,15 @@
 """What "FP8" means for a layer: how its weight is quantized and how its activations are.
 
-A number is stored as an e4m3 code q and a float32 scale s, x ≈ q · s. The *granularity* says how
-many numbers share a scale:
+A `Scheme` is one granularity of a weight's scales, one of the activations' scales, and the name
+that users write. The granularities stand in the tables of `pallas_kernels/formats.py`.
 
-    weight      tensor   one scale a matrix                 scale [1]
-                channel  one scale an output row            scale [n, 1]
-                block    one scale a 128×128 block          scale [⌈n/128⌉, ⌈k/128⌉]
-    activation  tensor   one scale for all rows             scale [1]
-                token    one scale a row                    scale [m, 1]
-                group    one scale per 128 inputs of a row  scale [m, ⌈k/128⌉]
+    name               weight       activation
+    fp8_per_tensor     tensor       token; tensor on request
+    fp8_per_channel    channel      token
+    fp8_per_block      block        group
 
-A `Scheme` is one choice of each, with the name users write. e4m3fn ("finite, no infinity") ends at
-448 and its smallest normal number is 2⁻⁶. Source of the recipes: vLLM's Online Quantization; fp8jax
-quantizes the activations of `fp8_per_tensor` per token, so that a token's result does not depend on
-who shares its batch.
+Source of the recipes: vLLM's Online Quantization. fp8jax quantizes the activations of
+`fp8_per_tensor` per token, so that a token's result does not depend on who shares its batch.
 """
 
 from dataclasses import dataclass
@@ -28,8 +24,9 @@ from fp8jax.pallas_kernels.formats import (
 
 @dataclass(frozen=True, kw_only=True)
 class Scheme:
-    """A weight recipe and an activation recipe, hashable, so that it can be static data of a
-    pytree.
+    """A weight recipe and an activation recipe.
+
+    Hashable, so that it can be static data of a pytree.
 
     Args:
         name: what users write, `"fp8_per_tensor"`.
@@ -79,18 +76,21 @@ UNSUPPORTED_SCHEMES = (
 )
 
 
-def scheme_named(name: str) -> Scheme:
-    """The scheme that a user names.
+def scheme_named(scheme: str | Scheme) -> Scheme:
+    """The scheme that a user gives by name, or as itself.
 
     Raises:
         ValueError: the name is unknown or belongs to a scheme of the reference that fp8jax does not
             have; lists the known names.
     """
-    if isinstance(name, str) and name in SCHEMES:
-        return SCHEMES[name]
+    if isinstance(scheme, Scheme):
+        return scheme
+    if isinstance(scheme, str) and scheme in SCHEMES:
+        return SCHEMES[scheme]
     known = ", ".join(SCHEMES)
-    if name in UNSUPPORTED_SCHEMES:
+    if scheme in UNSUPPORTED_SCHEMES:
         raise ValueError(
-            f"scheme {name!r} exists in vLLM but is not supported by fp8jax; choose one of: {known}"
+            f"scheme {scheme!r} exists in vLLM but is not supported by fp8jax; choose one of: "
+            f"{known}"
         )
-    raise ValueError(f"unknown scheme {name!r}; choose one of: {known}")
+    raise ValueError(f"unknown scheme {scheme!r}; choose one of: {known}")

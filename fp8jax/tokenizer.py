@@ -9,10 +9,12 @@ tokenizer that cannot be had without such code is refused by name.
 Text that grows is the whole text's own: the pieces of a `TextStream` joined are `decode` of all
 tokens. Decoding token by token is not, because what a token gives depends on its neighbours:
 
-    first token    SentencePiece drops its space, so a little of the text before has to be decoded with every piece
+    first token    SentencePiece drops its space, so a little of the text before has to be decoded
+                   with every piece
     special token  is left out, and must not count as that first token
-    bytes          a character may need several tokens. A run of byte tokens ("<0xF0>", "<0x9F>", …) is one unit: a single
-                   invalid byte turns all of it into replacement characters, so nothing of a run is shown before its end
+    bytes          a character may need several tokens. A run of byte tokens ("<0xF0>", "<0x9F>", …)
+                   is one unit: a single invalid byte turns all of it into replacement characters,
+                   so nothing of a run is shown before its end
 """
 
 import json
@@ -31,7 +33,8 @@ _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json", "tok
 # Whatever a tokenizer may read; the largest real one, of 262 144 tokens, has 33 MB.
 _SUFFIXES, _MAX_FILE_BYTES = (".json", ".model", ".txt", ".jinja"), 500_000_000
 _BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")
-_WINDOW = 4  # tokens; decoding starts one to two windows back, where one visible token of context would do
+# Tokens. Decoding starts one to two windows back, where one visible token of context would do.
+_WINDOW = 4
 
 # transformers imports its modules when they are first named, which two threads must not do at once.
 _transformers = threading.RLock()
@@ -242,7 +245,8 @@ def render_chat(tokenizer: Any | None, messages: Any, options: Mapping[str, Any]
         or not messages
     ):
         raise ValueError(
-            f"chat takes a list of messages, [{{'role': 'user', 'content': '…'}}], got {_described(messages)}"
+            "chat takes a list of messages, [{'role': 'user', 'content': '…'}], got "
+            f"{_described(messages)}"
         )
     for i, message in enumerate(messages):
         # "content" may be missing or None beside tool calls, and a list of parts: the template
@@ -253,8 +257,8 @@ def render_chat(tokenizer: Any | None, messages: Any, options: Mapping[str, Any]
             or len(message) < 2
         ):
             raise ValueError(
-                f"messages[{i}]: expected a dict with a role and a content, {{'role': 'user', 'content': '…'}},"
-                f" got {_described(message)}"
+                f"messages[{i}]: expected a dict with a role and a content, "
+                f"{{'role': 'user', 'content': '…'}}, got {_described(message)}"
             )
     options = {"add_generation_prompt": True, **options, "tokenize": False}
     try:

@@ -3,15 +3,17 @@
     out[m, n] = Σ_g ( Σ_{k in g} x[m, k] · w[n, k] ) · x_scale[m, g] · w_scale[n / 128, g] + bias[n]
 
 g counts groups of 128 along k; the last one may be shorter. Each group's partial sum is scaled and
-added in float32, which also keeps the short accumulator of Hopper's FP8 tensor cores from losing
-bits over a long k. Source: DeepSeek-V3's recipe, as in vLLM's `w8a8_block_fp8_matmul`; the bias is
-added before the cast.
+added in float32. That also keeps the short accumulator of Hopper's FP8 tensor cores from losing
+bits over a long k.
 
-In the kernel a step along k is a group: its product starts from zero, and one multiply-add an
+In the kernel a step along k is a group. Its product starts from zero, and one multiply-add an
 output applies x_scale · w_scale (held in range by a power of two, `matmul_tiles.group_scale`). The
 scales of the next step are loaded one step ahead, because only operands of a dot are fetched
-asynchronously. Where k is no multiple of 16, see `scaled_matmul`; padding codes with zeros to a
+asynchronously. Where k is no multiple of 16, see `scaled_matmul`: padding codes with zeros to a
 multiple of 16 leaves the scales as they are.
+
+Source: DeepSeek-V3's recipe, as in vLLM's `w8a8_block_fp8_matmul`; the bias is added before the
+cast.
 """
 
 import functools
@@ -23,7 +25,7 @@ from jax import lax
 
 from fp8jax.device import Gpu
 from fp8jax.pallas_kernels import matmul_config, matmul_tiles, widened_dot
-from fp8jax.pallas_kernels.formats import BLOCK
+from fp8jax.pallas_kernels.formats import ACTIVATIONS, BLOCK, WEIGHTS
 from fp8jax.pallas_kernels.matmul_config import Config
 from fp8jax.pallas_kernels.primitives import fp8_dot
 from fp8jax.pallas_kernels.quantize import ScaleLayout
@@ -158,9 +160,10 @@ def _run(
 ):
     matmul_tiles.check_operands("block_scaled_matmul", x, w, bias, out_dtype)
     (m, k), n = x.shape, w.shape[0]
-    groups = -(-k // BLOCK)
-    x_shape = (m, groups) if x_scale_layout == "mg" else (groups, m)
-    w_shape = (-(-n // BLOCK), groups)
+    x_shape = ACTIVATIONS["group"].scale_shape((m, k))
+    w_shape = WEIGHTS["block"].scale_shape((n, k))
+    if x_scale_layout == "gm":
+        x_shape = x_shape[::-1]
     if x_scale.shape != x_shape or w_scale.shape != w_shape:
         raise ValueError(
             f"block_scaled_matmul: x_scale is {x_scale.shape} and w_scale is {w_scale.shape}; "

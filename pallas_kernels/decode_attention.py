@@ -221,7 +221,8 @@ def decode_attention_triton(
 
 
 @functools.partial(
-    jax.jit, static_argnames=("granularity", "scale", "window", "scale_layout", "config", "interpret")
+    jax.jit,
+    static_argnames=("granularity", "scale", "window", "scale_layout", "config", "interpret"),
 )  # fmt: skip
 def decode_attention_quantize_triton(
     q: jax.Array,

@@ -1,9 +1,9 @@
 """From router logits to the slots of the grouped kernels.
 
-    logits [t, e]  ->  experts and weights [t, k], the k best of each token          `route`
-                   ->  slots: the t · k pairs (token, choice), sorted by expert,     `sort_by_expert`
-                       padding tokens last
-                   ->  the list of tiles                                `grouped_matmul.work_list`
+    logits [t, e]  ->  experts and weights [t, k], the k best of each token      `route`
+                   ->  slots: the t · k pairs (token, choice), sorted by expert,
+                       padding tokens last                                       `sort_by_expert`
+                   ->  the list of tiles                                         `work_list`
 
 `route_experts_reference` is these three, each some operations of XLA. `route_experts_triton` is one
 kernel for small batches, where XLA launches some twenty small ones.

@@ -54,7 +54,7 @@ from fp8jax.pallas_kernels.grouped_matmul import (
 from fp8jax.pallas_kernels.matmul_config import Config
 from fp8jax.pallas_kernels.primitives import fp8_dot
 from fp8jax.pallas_kernels.quantize import ScaleLayout
-from fp8jax.pallas_kernels.scaled_matmul import PROMOTE_EVERY
+from fp8jax.pallas_kernels.scaled_matmul import add_step
 
 _OP = "grouped_scaled_matmul"
 _STATIC = ("granularity", "row_groups", "out_dtype", "x_scale_layout", "config", "interpret")
@@ -135,8 +135,8 @@ def grouped_scaled_matmul_triton(
         ValueError: shapes, dtypes or a config that do not fit.
     """
     check_operands(_OP, x, x_scale, w, w_scale, slots, granularity, row_groups, x_scale_layout)
-    one_expert = jax.ShapeDtypeStruct(w.shape[1:], w.dtype)
-    matmul_tiles.check_operands(_OP, x, one_expert, None, out_dtype)  # pyright: ignore[reportArgumentType]
+    one_expert: Any = jax.ShapeDtypeStruct(w.shape[1:], w.dtype)
+    matmul_tiles.check_operands(_OP, x, one_expert, None, out_dtype)
     (m, k), (num_experts, n, _), count = x.shape, w.shape, slots.count(x.shape[0])
     if count == 0 or m == 0:
         return jnp.zeros((count, n), out_dtype)
@@ -349,23 +349,12 @@ def tile_of_program(problem: GroupedProblem, refs: dict[str, Any]) -> SlotTile:
 def _scaled(problem: GroupedProblem, tile: SlotTile, refs: dict[str, Any]) -> jax.Array:
     """Scales that are constant along k come once, at the end."""
     config = problem.config
-
-    def add(left, right, acc, step, carried):
-        del step
-        if config.promotion == "separate":
-            return acc + fp8_dot(left, right, jnp.zeros_like(acc), promote_every=None), carried
-        promote_every = PROMOTE_EVERY if config.promotion == "tensor_core" else None
-        return fp8_dot(left, right, acc, promote_every=promote_every), carried
-
-    out = _accumulate(problem, tile, refs, add)
+    out = _accumulate(problem, tile, refs, functools.partial(add_step, config))
     x_scale = refs["x_scale"]
     of_rows = x_scale[0] if x_scale.shape == (1,) else _per_slot(tile, x_scale, tile.rows)
+    along_rows = matmul_tiles.along_rows(config, of_rows)
     of_columns = refs["w_scale"][tile.expert]
-    return matmul_tiles.scaled(
-        out,
-        matmul_tiles.along_rows(config, of_rows),
-        matmul_tiles.along_columns(config, of_columns),
-    )
+    return matmul_tiles.scaled(out, along_rows, matmul_tiles.along_columns(config, of_columns))
 
 
 def _block_scaled(

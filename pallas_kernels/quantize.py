@@ -161,8 +161,8 @@ def why_not(
     """Why there is no kernel for this case, or None if there is one."""
     if granularity == "tensor":
         return (
-            "one scale for all rows needs a maximum over the whole array before the first code; XLA "
-            "does that"
+            "one scale for all rows needs a maximum over the whole array before the first code; "
+            "XLA does that"
         )
     if granularity not in ("token", "group"):
         return f"granularity {granularity!r} is unknown; choose 'token' or 'group'"

@@ -1,7 +1,7 @@
 """Residual add, RMSNorm and quantization of its result, in one pass over the row.
 
     stream = residual + multiplier · x                      rounded as the model adds
-    y      = round(stream / √(mean(stream²) + ε)) · weight  statistics in float32, both steps rounded
+    y      = round(stream / √(mean(stream²) + ε)) · weight  mean in float32, both steps rounded
     codes, scale = quantize(y)
 
 A layer normalises what it adds to, and quantizes what it normalises: three reads and two writes of
@@ -79,7 +79,8 @@ def times(x: jax.Array, factor: float) -> jax.Array:
 @functools.partial(
     jax.jit,
     static_argnames=(
-        "granularity", "epsilon", "residual_multiplier", "dtype", "scale_layout", "keep_rows", "config", "interpret"
+        "granularity", "epsilon", "residual_multiplier", "dtype", "scale_layout", "keep_rows",
+        "config", "interpret",
     ),
 )  # fmt: skip
 def rms_norm_quantize_triton(

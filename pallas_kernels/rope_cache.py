@@ -260,8 +260,8 @@ def why_not(
         return f"{h} query heads do not share {kv_heads} key-value heads evenly"
     if power_of_two(h // kv_heads + 1) * power_of_two(d) > 32768:
         return (
-            f"{h // kv_heads} query heads of {d} channels share a key: more than a program holds in "
-            "registers"
+            f"{h // kv_heads} query heads of {d} channels share a key: more than a program holds "
+            "in registers"
         )
     return None
 

@@ -2,19 +2,21 @@
 
     out[m, n] = (Σ_k x[m, k] · w[n, k]) · x_scale[m] · w_scale[n] + bias[n]
 
-The sum runs over e4m3 codes with a float32 accumulator; scales, bias and the cast come once, at the
-end, the scales in an order that keeps every finite result finite (`matmul_tiles.scaled`). The
+The sum runs over e4m3 codes with a float32 accumulator. Scales, bias and the cast come once, at the
+end. The scales come in an order that keeps every finite result finite (`matmul_tiles.scaled`). The
 weight is `[n, k]` as in the checkpoint: both operands are contiguous in k, which is what FP8 tensor
-cores read. Source: vLLM's CUTLASS epilogue (`cutlass_scaled_mm`), with the bias added before the
-cast.
+cores read.
 
-The kernel works for every k; where k is no multiple of 16, rows start at unaligned addresses and
-its copies shrink to a few bytes, so pad codes of both operands with zeros to a multiple of 16 once,
-rather than pay in each call.
+The kernel works for every k. Where k is no multiple of 16, rows start at unaligned addresses and
+its copies shrink to a few bytes. There, pad codes of both operands with zeros to a multiple of 16
+once, rather than pay in each call.
+
+Source: vLLM's CUTLASS epilogue (`cutlass_scaled_mm`), with the bias added before the cast.
 """
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -166,7 +168,7 @@ def kernel_of(
     ):
         tile = matmul_tiles.tile_of_program(problem)
         out = matmul_tiles.accumulate(
-            problem, tile, x_ref, w_ref, functools.partial(_add_step, config)
+            problem, tile, x_ref, w_ref, functools.partial(add_step, config)
         )
         rows = matmul_tiles.clamped(tile.rows, m, config.block_m)
         columns = matmul_tiles.clamped(tile.columns, n, config.block_n)
@@ -182,7 +184,11 @@ def kernel_of(
     return kernel
 
 
-def _add_step(config: Config, left, right, acc, step, carried):
+def add_step(
+    config: Config, left: jax.Array, right: jax.Array, acc: jax.Array, step: jax.Array, carried: Any
+) -> tuple[jax.Array, Any]:
+    """Inside a kernel: add the product of two tiles to the accumulator, and what is carried along
+    the loop as it was."""
     del step
     if config.promotion == "separate":
         return acc + fp8_dot(left, right, jnp.zeros_like(acc), promote_every=None), carried

@@ -1,4 +1,4 @@
-"""Tuned tables: which config of a kernel was the fastest on a device, for each shape that was timed.
+"""Tuned tables: the fastest config of a kernel on a device, for each shape that was timed.
 
     pallas_kernels/tuned/<device>/<op>.json        {"device": ..., "op": ..., "entries": [...]}
 

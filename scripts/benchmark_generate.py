@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fp8jax.device import gpu_named
-from fp8jax.devtools import offline_models
+from fp8jax.devtools import shapes
 from fp8jax.devtools.benchmarking import Deadline, ResultFile
 from fp8jax.generation import decode_step, prefill
 from fp8jax.models import CausalLM, DecoderConfig, read_decoder_config
@@ -39,32 +39,12 @@ from fp8jax.models.layers import Linear
 from fp8jax.models.moe import Experts
 from fp8jax.ops.choice import IMPLEMENTATIONS, Implementation
 from fp8jax.qarray import quantize
+from fp8jax.quantization_config import never_quantized
 from fp8jax.schemes import SCHEMES, Scheme
 
 UNQUANTIZED = "bf16"
 _RUNS = 3
-MODELS: dict[str, dict[str, Any]] = offline_models.MODELS | {
-    "tiny": offline_models.MODELS["llama-3.1-8b"]
-    | {
-        "hidden_size": 256,
-        "intermediate_size": 384,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 8,
-        "head_dim": 32,
-        "vocab_size": 512,
-    },
-    "tiny-moe": offline_models.MODELS["granite-3.0-1b-a400m"]
-    | {
-        "hidden_size": 256,
-        "intermediate_size": 128,
-        "num_local_experts": 4,
-        "num_experts_per_tok": 2,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 512,
-    },
-}
+MODELS = shapes.MODELS | shapes.TINY_MODELS
 
 
 def shape_of(name: str, *, layers: int | None = None) -> DecoderConfig:
@@ -90,7 +70,7 @@ def filled(
     model = CausalLM(config, implementation=implementation)
     for path, module in list(nnx.iter_modules(model)):
         is_layer = isinstance(module, Experts) or (
-            isinstance(module, Linear) and path[-1] != "lm_head"
+            isinstance(module, Linear) and not never_quantized(".".join(map(str, path)))
         )
         for attribute, row_groups in (
             ("weight", 1),

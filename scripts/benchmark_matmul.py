@@ -30,16 +30,16 @@ from jax import lax
 from rich.console import Console
 from rich.table import Table
 
-from fp8jax.device import H100, Gpu, current_gpu
+from fp8jax.device import H100, Gpu, current_device_kind, current_gpu
 from fp8jax.devtools import benchmarking
 from fp8jax.devtools.benchmarking import Contender, Deadline, ResultFile
-from fp8jax.devtools.offline_programs import LINEAR_SHAPES
+from fp8jax.devtools.shapes import LINEAR_SHAPES, TINY_LINEARS
 from fp8jax.pallas_kernels import block_scaled_matmul, matmul_config, scaled_matmul, tuning
 from fp8jax.pallas_kernels.formats import BLOCK
 from fp8jax.pallas_kernels.matmul_config import Config
 from fp8jax.pallas_kernels.quantize import quantize_activation_triton
 
-SHAPES = {**LINEAR_SHAPES, "tiny": {"square": (256, 256)}}
+SHAPES = LINEAR_SHAPES | {"tiny": TINY_LINEARS}
 CODE_SPREAD = (
     80.0  # standard deviation of the codes: the largest of a big normal matrix then lies near 448
 )
@@ -53,7 +53,7 @@ JsonFile = Annotated[Path | None, typer.Option("--json", help="Written row by ro
 
 def contenders(m: int, n: int, k: int) -> Iterator[tuple[str, Contender]]:
     """All of them that run on the current device, by name."""
-    on_gpu = current_gpu() is not None
+    on_gpu = bool(current_device_kind())  # elsewhere kernels are interpreted
     out, groups, flops = 2 * m * n, -(-k // BLOCK), 2.0 * m * n * k
     contender = functools.partial(Contender, operands="fp8", flops=flops)
 

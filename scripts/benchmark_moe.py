@@ -54,10 +54,10 @@ from flax import nnx
 from jax import lax
 from rich.console import Console
 
-from fp8jax.device import current_gpu
+from fp8jax.device import current_device_kind
 from fp8jax.devtools import benchmarking
 from fp8jax.devtools.benchmarking import Contender, Deadline, ResultFile
-from fp8jax.devtools.offline_programs import EXPERT_SHAPES
+from fp8jax.devtools.shapes import EXPERT_SHAPES, TINY_EXPERTS
 from fp8jax.models.config import MoEConfig
 from fp8jax.models.moe import Experts
 from fp8jax.ops.choice import choose
@@ -68,14 +68,10 @@ from fp8jax.pallas_kernels.formats import BLOCK, WeightGranularity
 from fp8jax.pallas_kernels.grouped_matmul import Slots, grouped_matmul_reference, work_list
 from fp8jax.pallas_kernels.grouped_matmul_kernel import grouped_scaled_matmul_triton
 from fp8jax.pallas_kernels.matmul_config import Config
-from fp8jax.qarray import QArray, scale_shape
+from fp8jax.qarray import QArray
 from fp8jax.schemes import FP8_PER_BLOCK, FP8_PER_TENSOR, Scheme
 
-SHAPES: dict[str, dict[str, Any]] = {
-    **EXPERT_SHAPES,
-    "mixtral-8x7b": {"experts": (8, 2), "gate_up": (2, 28672, 4096), "down": (1, 4096, 14336)},
-    "tiny": {"experts": (4, 2), "gate_up": (2, 256, 256), "down": (1, 256, 128)},
-}
+SHAPES = EXPERT_SHAPES | {"tiny": TINY_EXPERTS}
 ROUTINGS = ("uniform", "zipf", "same")
 Routing = Literal["uniform", "zipf", "same"]
 TILE_SIZES = (16, 32, 64, 128)  # slots a tile, of all configs there are
@@ -134,7 +130,7 @@ class ExpertProduct:
         if scales is None:
             return 2 * math.prod(shape)
         return math.prod(shape) + 4 * math.prod(
-            scale_shape(shape, _SCHEMES[scales], row_groups=self.row_groups)
+            _SCHEMES[scales].granularity.scale_shape(shape, row_groups=self.row_groups)
         )
 
     def bytes_moved(self, scales: WeightGranularity | None) -> int:
@@ -150,10 +146,10 @@ class ExpertProduct:
 
 def product_of(name: str, layer: str, tokens: int, routing: Routing = "uniform") -> ExpertProduct:
     """The product of a named shape, `layer` being "gate_up" or "down"."""
-    experts, top_k = SHAPES[name]["experts"]
-    row_groups, n, k = SHAPES[name][layer]
-    sizes = {"tokens": tokens, "top_k": top_k, "experts": experts, "n": n, "k": k}
-    return ExpertProduct(**sizes, row_groups=row_groups, routing=routing)
+    of_model = SHAPES[name]
+    row_groups, n, k = of_model.stack(layer)
+    sizes = {"top_k": of_model.top_k, "experts": of_model.num_experts, "n": n, "k": k}
+    return ExpertProduct(tokens=tokens, **sizes, row_groups=row_groups, routing=routing)
 
 
 @functools.cache
@@ -265,7 +261,7 @@ def summary(results: ResultFile) -> dict[str, Any]:
 def main(
     shapes: Annotated[
         str, typer.Option(help=f"Comma-separated, of {', '.join(SHAPES)}.")
-    ] = ",".join(EXPERT_SHAPES),
+    ] = "granite-3.0-1b-a400m,qwen3-30b-a3b",
     tokens: Annotated[
         str, typer.Option(help="Tokens of a batch; in this order.")
     ] = "1,2048,16,256,4,64,4096,1024",
@@ -360,7 +356,7 @@ def _stack(
         return random_operand(key, shape, "bfloat16")
     scheme = _SCHEMES[scales]
     scale = jnp.full(
-        scale_shape(shape, scheme, row_groups=p.row_groups), 1 / CODE_SPREAD, jnp.float32
+        scheme.granularity.scale_shape(shape, row_groups=p.row_groups), 1 / CODE_SPREAD, jnp.float32
     )
     return QArray(random_operand(key, shape, "float8_e4m3fn"), scale, scheme, p.row_groups)
 
@@ -405,7 +401,7 @@ def _kernel(
         granularity=granularity,
         row_groups=row_groups,
         config=config,
-        interpret=current_gpu() is None,
+        interpret=not current_device_kind(),
     )
 
 
@@ -427,7 +423,7 @@ def _block(x: jax.Array, logits: jax.Array, gate_up: Any, down: Any, *, top_k: i
     )
     layer = Experts(config, hidden, dtype=x.dtype.name)
     layer.gate_up_proj, layer.down_proj = nnx.data(gate_up), nnx.data(down)
-    choice = choose("auto" if current_gpu() is not None else "triton_interpreted")
+    choice = choose("auto" if current_device_kind() else "triton_interpreted")
     slots = route(logits, config.rule("float32"), gate_up, implementation=choice)
     return total(layer(x, slots, implementation=choice))
 

@@ -1,7 +1,7 @@
 """Read mutated config.json files with transformers and with fp8jax, and compare what comes out.
 
-    <python with torch> scripts/compare_configs.py torch  --cases 2000 --seed 0 --file mutations      # minutes
-    python              scripts/compare_configs.py fp8jax --file mutations --show different           # minutes
+    <python with torch> scripts/compare_configs.py torch --cases 2000 --seed 0 --file mutations
+    python scripts/compare_configs.py fp8jax --file mutations --show different
 
 torch and JAX live in different environments, so it runs in two stages that exchange files. The
 first draws the mutations (`config_mutations.py`), runs each with transformers (`torch_oracle.py`)
@@ -21,7 +21,8 @@ Most of the second stage is compilation; with JAX_COMPILATION_CACHE_DIR and
 JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 set, a second run is several times as fast. A sample of
 150 is frozen for the tests:
 
-    <python with torch> scripts/compare_configs.py torch --cases 150 --seed 1 --file tests/goldens/mutated_configs
+    <python with torch> scripts/compare_configs.py torch --cases 150 --seed 1 \\
+        --file tests/goldens/mutated_configs
 """
 
 # pyright: reportMissingImports=false
@@ -100,7 +101,7 @@ def answers(setup: Callable[[], Callable[[Any], Any]], questions: Iterable[Any])
 
 
 # --- torch
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def torch_setup() -> Callable[[Mutation], dict[str, Any]]:
@@ -167,7 +168,7 @@ def error_types(rows: list[dict[str, Any]]) -> list[tuple[str, int]]:
 
 
 # --- fp8jax
-# -----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def read_cases(file: Path) -> list[dict[str, Any]]:
@@ -224,7 +225,7 @@ def last_logits(case: dict[str, Any], folder: Path) -> np.ndarray:
     same = read_decoder_config(config, dtype="float32"), tuple(case["tensors"]), ids.shape
     if same not in _LOGITS:
         write_checkpoint(folder, case)
-        lm = fp8jax.load_quantized(folder, None, dtype="float32", progress="off")
+        lm = fp8jax.load_quantized(folder, None, dtype="float32", progress=False)
         _LOGITS[same] = np.asarray(lm.model(jnp.asarray(ids)))[0, -KEPT:]
     return _LOGITS[same]
 

@@ -2,7 +2,7 @@
 it cost.
 
     python scripts/demo.py                          # SmolLM2-135M-Instruct; what `make demo` runs
-    python scripts/demo.py --checkpoint FOLDER      # any other checkpoint; random tokens where it has no tokenizer
+    python scripts/demo.py --checkpoint FOLDER      # any other; random tokens without a tokenizer
 
 Gets SmolLM2 (`get_smollm2.py`), loads it unquantized and with both FP8 schemes, and prints one
 table: memory, load time, perplexity, KL divergence and top-1 agreement on a bundled public-domain

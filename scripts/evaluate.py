@@ -1,7 +1,8 @@
 """What FP8 saves and costs on a checkpoint: one table, and the same as JSON and as a plot.
 
     python scripts/evaluate.py MODEL --text tests/data/jargon_file_excerpt.txt
-    python scripts/evaluate.py MODEL --text FILE --schemes bf16,fp8_per_block --prompt "The capital of France is" \\
+    python scripts/evaluate.py MODEL --text FILE --schemes bf16,fp8_per_block \\
+        --prompt "The capital of France is" \\
         --quantization-config '{"ignore": ["re:.*down_proj"]}' --json table.json --plot table.png
 
 MODEL is a local folder or a hub repository id. Without --text (a checkpoint without tokenizer)

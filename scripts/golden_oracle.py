@@ -4,8 +4,10 @@
 With codes q = e4m3(clamp(v * (1/s), -448, 448)), where 1/s is rounded to float32 once:
 
     scheme           weight scale s                                  activation scale s
-    fp8_per_tensor   max(amax / 448, 2^-126), one a matrix           max(amax / 448, 1/(448*512)), one a token
-    fp8_per_block    max(amax, 1e-4) / 448, one a 128 x 128 block    the same, one a token and 128 channels
+    fp8_per_tensor   max(amax / 448, 2^-126)    max(amax / 448, 1/(448*512))
+                     one a matrix               one a token
+    fp8_per_block    max(amax, 1e-4) / 448      the same
+                     one a 128 x 128 block      one a token and 128 channels
 
 Partial blocks and groups take their scale from the elements they have. q, k, v are quantized as one
 matrix (rows concatenated) and so are gate and up. An expert is quantized like a linear, per tensor

@@ -34,9 +34,9 @@ from rich.table import Table
 
 from fp8jax.devtools import benchmarking
 from fp8jax.devtools.offline_compile import OfflineCompileError, OfflineCompiler, Program, available
-from fp8jax.devtools.offline_programs import EXPERT_SHAPES, LINEAR_SHAPES
 from fp8jax.devtools.offline_report import CompileReport, KernelReport
 from fp8jax.devtools.offline_targets import TARGETS
+from fp8jax.devtools.shapes import EXPERT_SHAPES, LINEAR_SHAPES, WIDTHS
 from fp8jax.pallas_kernels import (
     block_scaled_matmul,
     decode_attention,
@@ -53,14 +53,6 @@ from fp8jax.pallas_kernels import (
 from fp8jax.pallas_kernels.grouped_matmul_kernel import GroupedProblem
 from fp8jax.pallas_kernels.matmul_config import Config
 
-# Beside the linear layers: hidden size, query heads, key-value heads, head dimension, inputs of
-# down_proj (an expert's).
-WIDTHS = {
-    "llama-3.1-8b": {"hidden": 4096, "h": 32, "kv_heads": 8, "d": 128, "inner": 14336},
-    "llama-3.1-70b": {"hidden": 8192, "h": 64, "kv_heads": 8, "d": 128, "inner": 28672},
-    "granite-3.0-1b-a400m": {"hidden": 1024, "h": 16, "kv_heads": 8, "d": 64, "inner": 512},
-    "qwen3-30b-a3b": {"hidden": 2048, "h": 32, "kv_heads": 4, "d": 128, "inner": 768},
-}
 _MATMULS = {"scaled_matmul": scaled_matmul, "block_scaled_matmul": block_scaled_matmul}
 _QUANTIZERS = ("quantize", "rms_norm_quantize", "silu_mul_quantize")
 _OF_EXPERTS = ("route_experts", "grouped_scaled_matmul")
@@ -105,12 +97,9 @@ def cases(op: str, model: str, device: str, m: int) -> Iterator[Case]:
             yield Case(op, f"{layer} [{m}, {k}] × [{n}, {k}]", program, arguments, config)
     elif op in _QUANTIZERS:
         for granularity in ("token", "group"):
-            width, rows = widths["hidden"], m
+            width, rows = widths.hidden, m
             if op == "silu_mul_quantize":
-                width, rows = (
-                    widths["inner"],
-                    m * EXPERT_SHAPES.get(model, {"experts": (1, 1)})["experts"][1],
-                )
+                width, rows = widths.inner, m * widths.top_k
             whole_row = op == "rms_norm_quantize" or granularity == "token"
             config = (
                 quantize.whole_row_config(rows, width)
@@ -125,15 +114,17 @@ def cases(op: str, model: str, device: str, m: int) -> Iterator[Case]:
         config = rope_cache.default_config()
         if op == "decode_attention":
             config = decode_attention.default_config(
-                TARGETS[device], m, widths["kv_heads"], _CACHE_LENGTH, widths["d"], jnp.bfloat16
+                TARGETS[device], m, widths.kv_heads, _CACHE_LENGTH, widths.head_dim, jnp.bfloat16
             )
-        shape = f"batch {m}, {widths['h']}/{widths['kv_heads']} heads of {widths['d']}, cache {_CACHE_LENGTH}"
+        heads = f"{widths.heads}/{widths.kv_heads} heads of {widths.head_dim}"
+        shape = f"batch {m}, {heads}, cache {_CACHE_LENGTH}"
         yield Case(op, shape, f"{here}:{op}_program", {"m": m, "model": model}, config)
 
 
 def expert_cases(op: str, model: str, device: str, tokens: int) -> Iterator[Case]:
     """The same for the experts of a model."""
-    num_experts, top_k = EXPERT_SHAPES[model]["experts"]
+    experts = EXPERT_SHAPES[model]
+    num_experts, top_k = experts.num_experts, experts.top_k
     gpu, slots = TARGETS[device], tokens * top_k
     routed = f"{tokens} tokens × {top_k} of {num_experts} experts"
     if op == "route_experts":
@@ -146,7 +137,7 @@ def expert_cases(op: str, model: str, device: str, tokens: int) -> Iterator[Case
             yield Case(op, routed, "fp8jax.devtools.offline_programs:routing", arguments, {})
         return
     for name in ("gate_up", "down"):
-        row_groups, n, k = EXPERT_SHAPES[model][name]
+        row_groups, n, k = experts.stack(name)
         for scales in ("tensor", "block"):
             stack = {"num_experts": num_experts, "n": n, "k": k, "row_groups": row_groups}
             arguments = {
@@ -210,18 +201,18 @@ def quantizer(op: str, m: int, width: int, granularity: quantize.ActivationGranu
 def decode_attention_program(m: int, model: str) -> Program:
     """Attention of m rows over a cache."""
     w = WIDTHS[model]
-    cache = bf16((m, w["kv_heads"], _CACHE_LENGTH, w["d"]))
-    run = functools.partial(decode_attention.decode_attention_triton, scale=w["d"] ** -0.5)
+    cache = bf16((m, w.kv_heads, _CACHE_LENGTH, w.head_dim))
+    run = functools.partial(decode_attention.decode_attention_triton, scale=w.head_dim**-0.5)
     return Program(
-        lambda *operands: run(*operands), (bf16((m, w["h"], w["d"])), cache, cache, i32((m,)))
+        lambda *operands: run(*operands), (bf16((m, w.heads, w.head_dim)), cache, cache, i32((m,)))
     )
 
 
 def rope_cache_program(m: int, model: str) -> Program:
     """Rotary embedding and cache write of m rows, the caches donated."""
     w = WIDTHS[model]
-    cache, angles = bf16((m, w["kv_heads"], _CACHE_LENGTH, w["d"])), f32((m, w["d"] // 2))
-    qkv = bf16((m, (w["h"] + 2 * w["kv_heads"]) * w["d"]))
+    cache, angles = bf16((m, w.kv_heads, _CACHE_LENGTH, w.head_dim)), f32((m, w.head_dim // 2))
+    qkv = bf16((m, (w.heads + 2 * w.kv_heads) * w.head_dim))
     return Program(
         lambda *operands: rope_cache.rope_cache_triton(*operands),
         (qkv, angles, angles, cache, cache, i32((m,))),
@@ -275,9 +266,8 @@ def inspect_step(
     a_layer = Counter(map(_kind, two.launches)) - Counter(map(_kind, one.launches))
     bytes_of_code = 2 if scheme is None else 1
     weights = [*LINEAR_SHAPES[model].values()]
-    weights += [
-        EXPERT_SHAPES[model][name][1:] for name in ("gate_up", "down") if model in EXPERT_SHAPES
-    ]
+    if experts := EXPERT_SHAPES.get(model):
+        weights += [experts.gate_up[1:], experts.down[1:]]
     smallest = bytes_of_code * min(n * k for n, k in weights)
     return {
         "step": step,

@@ -1,6 +1,6 @@
 """Make `tests/goldens/real_configs.npz`: what torch computes from published config.json files.
 
-    python scripts/make_config_goldens.py --out tests/goldens          # about 10 seconds on one core
+    python scripts/make_config_goldens.py --out tests/goldens    # about 10 seconds on one core
 
 It runs where `make_goldens.py` runs, with torch and transformers 5 and without JAX or fp8jax
 (tests/goldens/README.md has the versions used). `real_configs.py` says how the files are shrunk and
@@ -9,7 +9,7 @@ tests/data/configs/*.json:
 
     name.logits     float32 [8, 128]      of the last 8 tokens
     name.tensors    int32 []              which of the lists below
-    tensors.<i>     strings               "model.norm.weight 64": every tensor of the checkpoint and its shape
+    tensors.<i>     strings               "model.norm.weight 64": every tensor and its shape
 
 A file is left out that torch runs and fp8jax refuses. Where rope is scaled the script runs the
 model without the scaling, too: a scaling that moves the last logits by less than a thousandth would

@@ -1,6 +1,6 @@
 """Make the golden checkpoints and arrays of `tests/goldens/` with torch and transformers.
 
-    python scripts/make_goldens.py --out tests/goldens            # everything, about 40 seconds on one core
+    python scripts/make_goldens.py --out tests/goldens    # everything, 40 seconds on one core
     python scripts/make_goldens.py --out goldens --only llama2 matmul
 
 It needs torch and transformers 5 (tests/goldens/README.md has the versions used) and imports
@@ -14,20 +14,24 @@ checkpoint holds.) Keys of golden.npz:
 
     token_ids   int32   [2, 24]          the input
     logits      float32 [2, 24, vocab]   unquantized
-    greedy      int32   [2, 16]          the 16 argmax tokens that follow token_ids[:, :8]; no end token is among them
+    greedy      int32   [2, 16]          the 16 argmax tokens that follow token_ids[:, :8];
+                                         no end token is among them
     logits.<scheme>.<which>              fake-quantized, which = qkv | o | gate_up | down | all
-    logits.fp8_per_tensor.all.activation_tensor    the same with one activation scale for the whole batch (llama2 only)
-    logits.linear=<a>.moe=<b>            mixtures of experts; a and b are None | fp8_per_tensor | fp8_per_block, and
-                                         None, None is `logits` itself. `linear` is attention and dense MLP layers
+    logits.fp8_per_tensor.all.activation_tensor
+                                         the same with one activation scale for the whole batch
+                                         (llama2 only)
+    logits.linear=<a>.moe=<b>            mixtures of experts; a and b are None | fp8_per_tensor |
+                                         fp8_per_block, and None, None is `logits` itself.
+                                         `linear` is attention and dense MLP layers
 
 `golden_oracle.py` says what fake-quantized means, `golden_variants.py` lists the variants.
 
 `matmul.npz` freezes single products; with p = "<m>x<n>x<k>" and scheme as above its keys are
 
     p.x [m, k], p.weight [n, k], p.bias [n]     float32; x and weight hold BF16 values
-    p.<scheme>.weight_codes [n, k], .activation_codes [m, k]          uint8, the bits of float8_e4m3fn
-    p.<scheme>.weight_scale, .activation_scale                        float32; [1] and [m, 1], or one a block and group
-    p.<scheme>.out, .out_bias [m, n]                                  float32(float64 product), and that + bias
+    p.<scheme>.weight_codes [n, k], .activation_codes [m, k]    uint8, the bits of float8_e4m3fn
+    p.<scheme>.weight_scale, .activation_scale    float32; [1] and [m, 1], or one a block and group
+    p.<scheme>.out, .out_bias [m, n]    float32(float64 product), and that + bias
 
 A draw is thrown away, and the next seed tried, if its logits are too flat or too large, if greedy
 decoding meets a near tie, repeats itself or produces an end token, if a router in any of the runs
@@ -76,7 +80,7 @@ MAX_FLIPS, MAX_FLIPS_ONE_KIND = (
 
 
 # --- checkpoints
-# ------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def randomize(model: PreTrainedModel, seed: int) -> None:
@@ -156,7 +160,7 @@ def spell_as_transformers_4(folder: Path) -> None:
 
 
 # --- running
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class Reseed(Exception):

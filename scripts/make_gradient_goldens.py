@@ -1,6 +1,6 @@
 """Freeze torch's gradients through fake FP8 layers: `tests/goldens/gradients.npz`.
 
-    python scripts/make_gradient_goldens.py --goldens tests/goldens            # seconds; torch as for make_goldens.py
+    python scripts/make_gradient_goldens.py --goldens tests/goldens    # seconds; needs torch
 
 The loss is the mean cross entropy of the next token over `token_ids` of a golden checkpoint. The
 gradient passes a fake-quantized layer straight through the rounding of its activations
@@ -8,7 +8,8 @@ gradient passes a fake-quantized layer straight through the rounding of its acti
 products, which are float64. For each variant and scheme (None: not quantized), keys are
 
     <variant>.<scheme>.loss       float32 []
-    <variant>.<scheme>.stream     float32 [layers + 1, b, t, h], gradient wrt what each layer reads, and the final norm
+    <variant>.<scheme>.stream     float32 [layers + 1, b, t, h], gradient wrt what each layer and
+                                  the final norm read
 """
 
 # pyright: reportMissingImports=false

@@ -1,13 +1,15 @@
 """Rewrite a dense checkpoint as a mixture of experts that computes exactly the same: a real MoE
 with a known answer.
 
-    python scripts/make_moe_from_dense.py smollm2/ smollm2-moe/                      # 4 experts, each a quarter of the MLP
-    python scripts/make_moe_from_dense.py smollm2/ out/ --mode copies --top-k 2     # 4 copies of the MLP, a random router
+    python scripts/make_moe_from_dense.py smollm2/ smollm2-moe/
+    python scripts/make_moe_from_dense.py smollm2/ out/ --mode copies --top-k 2
 
-    split     expert e takes rows e·I/E … (e+1)·I/E of gate and up and the same columns of down. The router is zero and
-              top_k = E, so every weight is 1/E; down is multiplied by E. Exact in BF16 if E is a power of two.
-    copies    every expert is the whole MLP, the router is random, and the chosen weights add up to one: whatever the
-              routing, the outcome is that of the dense model. Groups of any sizes get to be tested.
+    split     expert e takes rows e·I/E … (e+1)·I/E of gate and up and the same columns of down.
+              The router is zero and top_k = E, so every weight is 1/E; down is multiplied by E.
+              Exact in BF16 if E is a power of two. The default, with E = 4.
+    copies    every expert is the whole MLP, the router is random, and the chosen weights add up to
+              one: whatever the routing, the outcome is that of the dense model. Groups of any sizes
+              get to be tested.
 
 Layouts: "mixtral" and "granitemoe" for Llama, "qwen3_moe" for Qwen3 (whose attention it shares).
 Every layer becomes a file of its own, so that no more than one layer is held in memory. Tokenizer
@@ -116,7 +118,7 @@ def moe_config(
             f"{raw.get('architectures')}"
         )
     dense = read_decoder_config(raw, dtype="float32", where=where)
-    if dense.mlp_bias == "yes" or (layout == "mixtral" and dense.qkv_bias == "yes"):
+    if dense.mlp_bias or (layout == "mixtral" and dense.qkv_bias):
         raise ValueError(f"{where}: has biases, which layout {layout!r} has no place for")
     if not 1 <= top_k <= experts:
         raise ValueError(f"top_k is {top_k}, expected 1 to {experts}, the number of experts")

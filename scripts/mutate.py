@@ -7,9 +7,9 @@ loads, runs and writes plausible text. For each, the script copies the checkout,
 the copy and runs the tests named beside it there. They must pass without the fault and fail with
 it; the first test that failed is what the table shows.
 
-    python scripts/mutate.py                     # all faults, two at a time; a table, then one line of JSON
+    python scripts/mutate.py                    # all faults, two at a time; a table, then JSON
     python scripts/mutate.py --only epsilon      # those with this in their name
-    python scripts/mutate.py --every-test        # each fault against all of `make test`, some ten minutes each
+    python scripts/mutate.py --every-test       # each fault against all of `make test`
 
 The named tests are part of `make test` (`-m "not slow"`). A fault whose text is no longer found, or
 found twice, is an error: it has to follow the code that it is planted in.

@@ -5,15 +5,20 @@ the same file.
 (README.md there). A tiny checkpoint with the same meaning has other sizes and nothing else changed;
 `shrunk` is the rule:
 
-    num_key_value_heads, heads      2 and 2 · (heads / kv heads), or 1 and heads / kv heads if that would be more than 8 heads
+    num_key_value_heads, heads      2 and 2 · (heads / kv heads), or 1 and heads / kv heads if that
+                                    would be more than 8 heads
     hidden_size                     96, or 16 · heads where 96 does not divide into heads
-    head_dim                        hidden_size / heads where it is so in the file, 16 else; stated only where the file states it
-    layers, max_window_layers       2; 1, 2 or 3 as the file has fewer, as many or more than there are layers
-    intermediate_size               48, of experts 24 (moe_intermediate_size, or where all layers have experts)
+    head_dim                        hidden_size / heads where it is so in the file, 16 else;
+                                    stated only where the file states it
+    layers, max_window_layers       2; 1, 2 or 3 as the file has fewer, as many or more than there
+                                    are layers
+    intermediate_size               48, of experts 24 (moe_intermediate_size, or where all layers
+                                    have experts)
     experts, of them chosen         4 and 2
     vocab_size, token ids           128, and ids modulo 128
     sliding_window                  8, so that 16 tokens pass it
-    attention_multiplier            times published over shrunk head_dim: Granite states it as 1 / head_dim
+    attention_multiplier            times published over shrunk head_dim: Granite states it as
+                                    1 / head_dim
 
 Contexts and everything of rope stay; to see what a scaling for long contexts does, such a model
 gets 512 tokens.

@@ -79,6 +79,6 @@ def test_errors_name_shapes_and_granularities():
     with pytest.raises(ValueError, match="per token.*fp8_per_block.*group"):
         scaled_matmul(quantize_activation(jnp.ones((4, 16)), "token"), w)
     with pytest.raises(ValueError, match="auto, xla, triton"):
-        scaled_matmul(jnp.ones((4, 16)), w, implementation="cuda")  # pyright: ignore[reportArgumentType]
+        scaled_matmul(jnp.ones((4, 16)), w, implementation="cuda")  # pyright: ignore
     with pytest.raises(ValueError, match=r"\(2, 1\).*expected \(1, 1\)"):
         QArray(w.qvalue, jnp.ones((2, 1)), FP8_PER_BLOCK).validate()

@@ -62,12 +62,15 @@ def fault_of(folder: str | os.PathLike[str], **options: Any) -> str:
 
 DTYPES = [
     np.bool_, np.int8, np.int16, np.int32, np.int64, np.uint8, np.uint16, np.uint32, np.uint64, np.float16, np.float32,
-    np.float64, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2, ml_dtypes.float8_e8m0fnu,
+    np.float64, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2,
+    ml_dtypes.float8_e8m0fnu,
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: np.dtype(dtype).name)
 def test_every_dtype_is_read_back_bit_for_bit(dtype: type, tmp_path: Path):
+    if dtype is ml_dtypes.float8_e8m0fnu:
+        pytest.importorskip("safetensors", "0.6")  # older ones do not write it
     size = np.dtype(dtype).itemsize
     every_byte = np.arange(256 * size, dtype=np.uint32).astype(np.uint8)
     values = (every_byte % 2 if dtype is np.bool_ else every_byte).view(dtype).reshape(2, 128)

@@ -132,9 +132,12 @@ def test_defaults_are_those_of_the_transformers_class(family):
 
 # What a field is changed to, to see whether it does something.
 OTHER = {
-    "num_attention_heads": 64, "num_key_value_heads": 2, "hidden_act": "gelu", "rope_parameters": {"rope_theta": 3.0},
-    "layer_types": ["chunked_attention"], "mlp_only_layers": [1], "is_encoder_decoder": True, "per_layer_config": {"0": {}},
-    "sliding_window": 77, "rope_scaling": {"type": "linear", "factor": 3.0}, "num_experts": 96, "num_local_experts": 96,
+    "num_attention_heads": 64, "num_key_value_heads": 2, "hidden_act": "gelu",
+    "rope_parameters": {"rope_theta": 3.0},
+    "layer_types": ["chunked_attention"], "mlp_only_layers": [1], "is_encoder_decoder": True,
+    "per_layer_config": {"0": {}},
+    "sliding_window": 77, "rope_scaling": {"type": "linear", "factor": 3.0}, "num_experts": 96,
+    "num_local_experts": 96,
     "clip_qkv": 3.0, "head_dim": 64, "max_window_layers": 3,
 }  # fmt: skip
 
@@ -178,8 +181,10 @@ def test_a_harmless_field_passes_whatever_it_says(value):
 
 
 UNKNOWN = {
-    "position_embedding_type": "alibi", "scoring_func": "sigmoid", "norm_type": "layernorm", "hidden_activation": "gelu",
-    "use_mrope": True, "topk_method": "noaux_tc", "router_type": "sigmoid", "num_zebras": 0, "zebra": False, "zebras": [],
+    "position_embedding_type": "alibi", "scoring_func": "sigmoid", "norm_type": "layernorm",
+    "hidden_activation": "gelu",
+    "use_mrope": True, "topk_method": "noaux_tc", "router_type": "sigmoid", "num_zebras": 0,
+    "zebra": False, "zebras": [],
     "striped": "", "stripes": {}, "spots": 0.0,
 }  # fmt: skip
 
@@ -244,10 +249,14 @@ def test_a_field_that_is_neutral_at_one_value_is_refused_by_name_at_another(
 PUBLISHED = [  # what a published file says besides, of which nothing changes the result
     ("llama2", {"pretraining_tp": 2}),  # Llama-2-13b, as first uploaded
     ("llama2", {"max_sequence_length": 128}),  # huggyllama
-    ("qwen2", {"rotary_emb_base": 1000000, "seq_length": 65536, "rope_theta": 1000000, "rope_parameters": None}),  # CodeQwen1.5
-    ("qwen3_moe", {"use_qk_norm": True, "qkv_bias": False, "shared_expert_intermediate_size": 0, "max_window_layers": 28}),
-    ("llama_yarn", {"auto_map": {"AutoModelForCausalLM": "modeling_llama_together_yarn.LlamaForCausalLM"}}),
-    ("smollm2", {"transformers.js_config": {"dtype": "q4"}, "is_llama_config": True, "rope_interleaved": False}),
+    ("qwen2", {"rotary_emb_base": 1000000, "seq_length": 65536, "rope_theta": 1000000,
+    "rope_parameters": None}),  # CodeQwen1.5
+    ("qwen3_moe", {"use_qk_norm": True, "qkv_bias": False, "shared_expert_intermediate_size": 0,
+    "max_window_layers": 28}),
+    ("llama_yarn",
+    {"auto_map": {"AutoModelForCausalLM": "modeling_llama_together_yarn.LlamaForCausalLM"}}),
+    ("smollm2", {"transformers.js_config": {"dtype": "q4"}, "is_llama_config": True,
+    "rope_interleaved": False}),
 ]  # fmt: skip
 
 
@@ -286,7 +295,7 @@ def test_transformers_own_code_decides_which_layers_slide():
     assert golden("qwen2", sliding_window=0) == golden("qwen2")  # switched off
 
 
-def test_null_key_value_heads_are_as_many_as_query_heads_and_absent_ones_are_the_default_of_the_family():
+def test_null_key_value_heads_are_the_query_heads_and_absent_ones_the_familys_default():
     assert golden("qwen2", num_attention_heads=32, num_key_value_heads=None).num_kv_heads == 32
     assert golden("mistral", num_key_value_heads=None).num_kv_heads == 4
     assert read("mistral").num_kv_heads == 8
@@ -324,7 +333,8 @@ def test_architectures_and_model_type_must_name_one_known_family(changes, messag
 
 
 ODD = [
-    None, True, False, 0, 1, -1, 3, 10**9, 2**31 + 1, 10**30, 10**400, 0.0, 0.5, -2.5, 1e30, float("inf"), float("nan"), "4", "",
+    None, True, False, 0, 1, -1, 3, 10**9, 2**31 + 1, 10**30, 10**400, 0.0, 0.5, -2.5, 1e30,
+    float("inf"), float("nan"), "4", "",
     "silu", [], [1], ["a"], [[]], {}, {"a": 1}, {"__float__": "Infinity"},
 ]  # fmt: skip
 

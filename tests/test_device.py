@@ -1,5 +1,5 @@
-"""The table of GPUs: which row a name finds, what the device itself says beside it, and what follows
-from it."""
+"""The table of GPUs: which row a name finds, what the device itself says beside it, and what
+follows from it."""
 
 from dataclasses import replace
 from types import SimpleNamespace

@@ -1,6 +1,7 @@
 """Qwen2, Qwen3, Mistral and Granite against torch transformers, and how their config.json is
 read."""
 
+import itertools
 import json
 
 import numpy as np
@@ -13,6 +14,7 @@ from golden_checkpoints import (
     relative_error,
     share_of_quantization_error,
 )
+from selection import mostly_slow
 
 from fp8jax.models import read_decoder_config
 
@@ -22,9 +24,8 @@ FAMILIES = ("qwen2", "qwen3", "mistral", "granite")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_float32_logits_equal_torch(family):
     logits = load(family).logits(golden(family)["token_ids"])
-    assert (
-        relative_error(logits, golden(family)["logits"]) < 1e-5
-    )  # float32 sums in another order; issue's bound
+    # float32 sums in another order: at most 1.7e-6 was measured.
+    assert relative_error(logits, golden(family)["logits"]) < 5e-6
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -37,8 +38,13 @@ def test_greedy_tokens_equal_torch(family):
     np.testing.assert_array_equal([g.token_ids for g in generations], expected)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family, scheme",
+    mostly_slow(
+        itertools.product(FAMILIES, SCHEMES),
+        quick=list(zip(FAMILIES, itertools.cycle(SCHEMES), strict=False)),
+    ),
+)
 def test_fp8_logits_follow_the_fake_quantized_oracle(family, scheme):
     arrays = golden(family)
     logits = load(family, scheme).logits(arrays["token_ids"])

@@ -23,6 +23,7 @@ from fp8jax import qarray
 from fp8jax.checkpoints import filling
 from fp8jax.checkpoints.filling import _cut
 from fp8jax.checkpoints.folder import Checkpoint, CheckpointError
+from fp8jax.pallas_kernels.formats import WEIGHTS
 from fp8jax.quantization_config import QuantizationConfig
 from fp8jax.schemes import FP8_PER_CHANNEL
 
@@ -142,7 +143,7 @@ def test_pieces_cover_every_row_once_and_end_at_blocks(
     n, row_groups, parts: Sequence[int], row_bytes, monkeypatch
 ):
     monkeypatch.setattr(filling, "PIECE_BYTES", 20_000)
-    pieces = list(_cut(n, row_bytes, row_groups=row_groups, parts=parts))
+    pieces = list(_cut(n, row_bytes, WEIGHTS["block"], row_groups=row_groups, parts=parts))
     assert [
         row for piece in pieces for row in range(piece.first, piece.first + piece.rows)
     ] == list(range(n))
@@ -160,7 +161,7 @@ def test_pieces_cover_every_row_once_and_end_at_blocks(
             assert of_group + piece.rows <= group and (len(parts) > 1 or of_group % 128 == 0)
             groups_before = (piece.first - begin) // group
             assert (
-                piece.block
+                piece.scale_row
                 == groups_before * math.ceil(group / 128)
                 + (piece.start - groups_before * group) // 128
             )

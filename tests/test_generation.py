@@ -2,12 +2,15 @@
 against the whole loop."""
 
 import functools
+import itertools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden_checkpoints import GOLDENS, SCHEMES, golden, load, relative_error
+from selection import mostly_slow
 
 import fp8jax
 
@@ -29,8 +32,13 @@ def prefill_logits(lm, rows, width=16):
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("scheme", ALL_SCHEMES)
-@pytest.mark.parametrize("variant", ["llama31", "smollm2"])
+@pytest.mark.parametrize(
+    "variant, scheme",
+    mostly_slow(
+        itertools.product(["llama31", "smollm2"], ALL_SCHEMES),
+        quick=[*itertools.product(["llama31"], ALL_SCHEMES)],
+    ),
+)
 def test_prefill_of_n_equals_prefill_of_n_minus_1_and_one_decode_step(variant, scheme):
     lm, arrays = load(variant, scheme), golden(variant)
     rows = [row[:12].tolist() for row in arrays["token_ids"]]
@@ -44,8 +52,7 @@ def test_prefill_of_n_equals_prefill_of_n_minus_1_and_one_decode_step(variant, s
         )  # float32 products of other shapes sum in another order
         np.testing.assert_array_equal(np.argmax(stepped, -1), np.argmax(whole, -1))
     else:
-        # Other shapes, other roundings, flipped codes: less than the quantization error itself (the
-        # issue's 0.6 e).
+        # Other shapes, other roundings, flipped codes: less than the quantization error itself.
         unquantized, _ = prefill_logits(load(variant), rows)
         assert np.linalg.norm(stepped - whole) <= 0.6 * np.linalg.norm(whole - unquantized)
 
@@ -283,6 +290,26 @@ def test_the_model_is_a_pytree_that_any_jit_takes():
     lm, ids = load("smollm2", "fp8_per_block"), jnp.asarray(golden("smollm2")["token_ids"][:, :16])
     logits = jax.jit(lambda model, token_ids: model(token_ids))(lm.model, ids)
     np.testing.assert_array_equal(logits, lm.logits(ids))
+
+
+def test_a_loop_of_ones_own_traces_each_function_once():
+    """Positions, tokens and the number of the step are data: no step compiles anything new."""
+    model = load("smollm2", "fp8_per_block").model
+    token_ids, lengths = padded([[5, 6, 7], [9]], 4)
+    chex.clear_trace_counter()
+    read, step, choose = (
+        jax.jit(chex.assert_max_traces(function, n=1))
+        for function in (fp8jax.prefill, fp8jax.decode_step, fp8jax.sample)
+    )
+    rules = fp8jax.Sampling.of(2, temperature=0.8, seed=[1, 2])
+    logits, cache = read(model, model.empty_cache(2, 16), token_ids, lengths)
+    for number in range(4):
+        tokens, logprobs = choose(logits, rules, jnp.int32(number))
+        chex.assert_shape([tokens, logprobs], (2,))
+        logits, following = step(model, cache, tokens, lengths + number)
+        chex.assert_trees_all_equal_shapes_and_dtypes(following, cache)
+        chex.assert_shape(logits, (2, model.config.vocab_size))
+        cache = following
 
 
 class CharacterTokenizer:

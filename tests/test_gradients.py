@@ -237,7 +237,7 @@ def test_gradient_of_experts_reaches_rows_and_routing_weights(dtype, scheme, imp
 def test_a_stack_in_parts_has_the_gradient_of_the_whole():
     w, x = weight("fp8_per_block", EXPERTS, 2 * 128, K, row_groups=2), jnp.asarray(random(M, K))
     parts, dy = split_rows(w, (128, 128)), jnp.asarray(random(SLOTS, 256, seed=2))
-    assert rows_of_parts(w.shape) == (256,) and len(parts.parts) == 2
+    assert rows_of_parts(w.shape, w.scheme.granularity) == (256,) and len(parts.parts) == 2
     whole, in_parts = (
         gradient_of_experts(experts.grouped_scaled_matmul, x, stack, dy) for stack in (w, parts)
     )

@@ -15,8 +15,8 @@ from strict_memory import strict_memory
 
 import fp8jax
 from fp8jax.device import H100, gpu_named
-from fp8jax.devtools import offline_models
 from fp8jax.devtools.offline_compile import OfflineCompiler, available
+from fp8jax.devtools.shapes import MODELS
 from fp8jax.models.config import MoEConfig
 from fp8jax.models.moe import Experts
 from fp8jax.ops.values import total
@@ -165,7 +165,7 @@ def test_a_prompt_of_qwen3_moe_compiles_to_fp8_tensor_cores_without_spills(devic
         report = compiler.compile(device, "fp8jax.devtools.offline_models:prefill", arguments)
     kernel = report.kernels["grouped_gate_up"]
     assert kernel.fp8_only and not kernel.spill_bytes and set(kernel.copy_widths) == {"16"}
-    slots, numbers = 2048 * 8, offline_models.MODELS["qwen3-30b-a3b"]
+    slots, numbers = 2048 * 8, MODELS["qwen3-30b-a3b"]
     tiles = 128 + -(-(slots - 128) // 64)  # the static bound
     assert kernel.grid == (tiles * numbers["moe_intermediate_size"] // 128, 1, 1)
     assert not any(name.startswith("silu_mul") for name in report.launches)

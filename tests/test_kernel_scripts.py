@@ -20,8 +20,8 @@ import pytest
 from fp8jax.device import H100
 from fp8jax.devtools import benchmarking, offline_compile
 from fp8jax.devtools.benchmarking import ResultFile
-from fp8jax.devtools.offline_programs import EXPERT_SHAPES
 from fp8jax.devtools.offline_targets import TARGETS
+from fp8jax.devtools.shapes import EXPERT_SHAPES
 from fp8jax.models import CausalLM
 from fp8jax.pallas_kernels import tuning
 from fp8jax.pallas_kernels.matmul_config import Config
@@ -409,7 +409,7 @@ def test_every_op_of_every_model_has_something_to_inspect(script):
             of_experts = op in ("route_experts", "grouped_scaled_matmul")
             assert bool(listed) == (model in EXPERT_SHAPES or not of_experts), (op, model)
             rows = (
-                16 * EXPERT_SHAPES[model]["experts"][1]
+                16 * EXPERT_SHAPES[model].top_k
                 if op == "silu_mul_quantize" and model in EXPERT_SHAPES
                 else 16
             )

@@ -1,6 +1,8 @@
 """The Llama family against torch transformers: frozen logits, greedy tokens, and fake-quantized
 logits of both schemes."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +18,7 @@ from golden_checkpoints import (
     relative_error,
     share_of_quantization_error,
 )
+from selection import mostly_slow
 
 import fp8jax
 
@@ -29,9 +32,8 @@ ONE_KIND, ALL = 0.25, 0.6
 @pytest.mark.parametrize("variant", LLAMAS)
 def test_float32_logits_equal_torch(variant):
     logits = load(variant).logits(golden(variant)["token_ids"])
-    assert (
-        relative_error(logits, golden(variant)["logits"]) < 1e-5
-    )  # float32 sums in another order; issue's bound
+    # float32 sums in another order: at most 1.7e-6 was measured.
+    assert relative_error(logits, golden(variant)["logits"]) < 5e-6
 
 
 @pytest.mark.parametrize("variant", LLAMAS)
@@ -44,8 +46,17 @@ def test_greedy_tokens_equal_torch(variant):
     np.testing.assert_array_equal([g.token_ids for g in generations], expected)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("variant", LLAMAS)
+@pytest.mark.parametrize(
+    "variant, scheme",
+    mostly_slow(
+        itertools.product(LLAMAS, SCHEMES),
+        quick=[
+            *itertools.product(["llama31", "llama_bias_headdim"], SCHEMES),
+            ("llama_fp16", "fp8_per_tensor"),
+            ("llama_yarn", "fp8_per_block"),
+        ],
+    ),
+)
 def test_fp8_logits_follow_the_fake_quantized_oracle(variant, scheme):
     arrays = golden(variant)
     logits = load(variant, scheme).logits(arrays["token_ids"])
@@ -54,9 +65,13 @@ def test_fp8_logits_follow_the_fake_quantized_oracle(variant, scheme):
     )
 
 
-@pytest.mark.parametrize("which", ALL_KINDS)
-@pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("variant", LLAMAS)
+@pytest.mark.parametrize(
+    "variant, scheme, which",
+    mostly_slow(
+        itertools.product(LLAMAS, SCHEMES, ALL_KINDS),
+        quick=[*itertools.product(["llama31"], SCHEMES, ALL_KINDS)],
+    ),
+)
 def test_one_quantized_kind_of_layer_follows_the_oracle(variant, scheme, which):
     lm = fp8jax.load_quantized(
         GOLDENS / variant,

@@ -10,6 +10,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -127,5 +128,5 @@ def test_orbax_saves_and_restores_fp8_leaves_bit_for_bit(
                 saver.save(tmp_path / "saved", expected)
                 saver.wait_until_finished()
                 restored = saver.restore(tmp_path / "saved", abstract)
-    assert jax.tree.structure(restored) == jax.tree.structure(expected)
+    chex.assert_trees_all_equal_shapes_and_dtypes(restored, expected)
     assert_same_bits(restored, expected)

@@ -42,7 +42,6 @@ def close(found, expected, tolerance: float) -> bool:
 
 
 # --- the router
-# ----------------------------------------------------------------------------------------------------------
 
 
 def softmax(x: np.ndarray) -> np.ndarray:
@@ -99,7 +98,6 @@ def test_more_choices_than_experts_are_refused():
 
 
 # --- slots and tiles
-# -----------------------------------------------------------------------------------------------------
 
 
 def test_pairs_are_sorted_by_expert_and_stay_in_order_within_one():
@@ -152,7 +150,6 @@ def test_tiles_cover_every_slot_once_and_no_empty_expert(sizes, block_m):
 
 
 # --- grouped products
-# ----------------------------------------------------------------------------------------------------
 
 # sizes, n, k: what e experts get, with padding behind it; i = 192 and h = 576 are no multiples of
 # 128.
@@ -253,7 +250,6 @@ def test_a_decode_step_reads_no_expert_that_was_not_routed_to(scheme):
 
 
 # --- experts as a whole
-# --------------------------------------------------------------------------------------------------
 
 E, H, WIDTH = 5, 40, 24
 

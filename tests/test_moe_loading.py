@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from golden_checkpoints import GOLDENS
+from selection import mostly_slow
 
 import fp8jax
 from fp8jax.checkpoints.folder import Checkpoint
@@ -91,14 +92,23 @@ def granite_one_by_one(tensors: Tensors) -> Tensors:
     return kept
 
 
-@pytest.mark.parametrize("scheme", ["fp8_per_tensor", "fp8_per_block", None])
+WAYS = [
+    ("mixtral", mixtral_stacked),
+    ("granitemoe", granite_stacked),
+    ("granitemoe", granite_one_by_one),
+]
+
+
 @pytest.mark.parametrize(
-    "family, rewritten",
-    [
-        ("mixtral", mixtral_stacked),
-        ("granitemoe", granite_stacked),
-        ("granitemoe", granite_one_by_one),
-    ],
+    "family, rewritten, scheme",
+    mostly_slow(
+        [(*way, scheme) for way in WAYS for scheme in ("fp8_per_tensor", "fp8_per_block", None)],
+        quick=[
+            (*WAYS[0], "fp8_per_block"),
+            (*WAYS[1], "fp8_per_tensor"),
+            (*WAYS[2], "fp8_per_block"),
+        ],
+    ),
 )
 def test_every_way_of_writing_the_experts_gives_the_same_model(family, rewritten, scheme, tmp_path):
     folder = write(tmp_path, family, rewritten(tensors_of(family)))

@@ -1,6 +1,7 @@
 """Loading experts holds the finished stacks and two experts more, however they come: watched from
 outside, on 1.2 GB."""
 
+import itertools
 import json
 import sys
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from memory_probe import watch_loading
 from safetensors.numpy import save_file
+from selection import mostly_slow
 from test_loading_memory import MB, misalign
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="private memory is read from /proc")
@@ -105,8 +107,13 @@ def bound(held):
     return held["bytes_after"] + 180 * MB
 
 
-@pytest.mark.parametrize("scheme", ["fp8_per_tensor", "fp8_per_block"])
-@pytest.mark.parametrize("layout", ["one_by_one", "stacked"])
+@pytest.mark.parametrize(
+    "layout, scheme",
+    mostly_slow(
+        itertools.product(["one_by_one", "stacked"], ["fp8_per_tensor", "fp8_per_block"]),
+        quick=[("one_by_one", "fp8_per_block"), ("stacked", "fp8_per_tensor")],
+    ),
+)
 def test_peak_private_memory_is_the_result_and_two_experts(layout, scheme, request):
     probe = watch_loading(request.getfixturevalue(layout), scheme)
     print(

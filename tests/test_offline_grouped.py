@@ -10,8 +10,8 @@ import itertools
 
 import pytest
 
-from fp8jax.devtools.offline_programs import EXPERT_SHAPES
 from fp8jax.devtools.offline_targets import TARGETS
+from fp8jax.devtools.shapes import EXPERT_SHAPES
 from fp8jax.pallas_kernels import grouped_matmul
 from fp8jax.pallas_kernels.grouped_matmul_kernel import GroupedProblem
 
@@ -19,11 +19,13 @@ KERNEL = "grouped_scaled_matmul"
 PROGRAM = "fp8jax.devtools.offline_programs:grouped_matmul"
 DEVICES = ("h100", "b200", "l40")
 TOKENS = (1, 16, 512)
+MODELS = ("granite-3.0-1b-a400m", "qwen3-30b-a3b")
 
 
 def arguments_of(model: str, name: str, scales: str, tokens: int) -> dict:
-    num_experts, top_k = EXPERT_SHAPES[model]["experts"]
-    row_groups, n, k = EXPERT_SHAPES[model][name]
+    experts = EXPERT_SHAPES[model]
+    num_experts, top_k = experts.num_experts, experts.top_k
+    row_groups, n, k = experts.stack(name)
     return {
         "scales": scales,
         "tokens": tokens,
@@ -76,7 +78,7 @@ def test_expert_layers_compile_to_fp8_tensor_cores_without_spills_or_copies(
 ):
     problems = {}
     models = (
-        EXPERT_SHAPES if device == "h100" else ["qwen3-30b-a3b"]
+        MODELS if device == "h100" else ["qwen3-30b-a3b"]
     )  # the other one has the same tiles in other numbers
     for model, name, tokens in itertools.product(models, ("gate_up", "down"), TOKENS):
         arguments = arguments_of(model, name, scales, tokens)
@@ -85,13 +87,11 @@ def test_expert_layers_compile_to_fp8_tensor_cores_without_spills_or_copies(
     assert not problems
 
 
-@pytest.mark.parametrize("model", EXPERT_SHAPES)
+@pytest.mark.parametrize("model", MODELS)
 def test_a_decode_step_has_a_tile_for_each_expert_that_can_be_in_use(compiler, model):
     """min(e, t·k) slot tiles times tiles of 64 outputs, counted from the shapes alone."""
-    (num_experts, top_k), (_, n, _) = (
-        EXPERT_SHAPES[model]["experts"],
-        EXPERT_SHAPES[model]["gate_up"],
-    )
+    experts = EXPERT_SHAPES[model]
+    num_experts, top_k, n = experts.num_experts, experts.top_k, experts.gate_up[1]
     for tokens in (1, num_experts // top_k):
         report = compiler.compile("h100", PROGRAM, arguments_of(model, "gate_up", "block", tokens))
         assert report.kernels[KERNEL].grid == (min(num_experts, tokens * top_k) * (n // 64), 1, 1)

@@ -10,8 +10,8 @@ import dataclasses
 
 import pytest
 
-from fp8jax.devtools.offline_programs import LINEAR_SHAPES
 from fp8jax.devtools.offline_targets import TARGETS
+from fp8jax.devtools.shapes import LINEAR_SHAPES
 from fp8jax.pallas_kernels import block_scaled_matmul, scaled_matmul
 from fp8jax.pallas_kernels.matmul_config import Config
 

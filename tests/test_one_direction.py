@@ -22,6 +22,7 @@ FLOORS = (
         "fp8jax.generation_config",
         "fp8jax.language_model",
         "fp8jax.loading",
+        "fp8jax.results",
         "fp8jax.sampling",
         "fp8jax.tokenizer",
     },

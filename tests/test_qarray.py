@@ -2,6 +2,7 @@
 for bit."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,8 @@ from fp8jax import (
     quantize,
 )
 from fp8jax.exact_division import divide
-from fp8jax.qarray import dequantize_rows
+from fp8jax.pallas_kernels.formats import WEIGHTS, Granularity
+from fp8jax.qarray import dequantize_rows, split_rows
 
 F32 = np.float32
 
@@ -242,3 +244,39 @@ def test_some_rows_dequantize_as_all_rows_do(scheme, row_groups):
     q = jitted(jnp.asarray(w), scheme, row_groups=row_groups if scheme.weight == "block" else 1)
     rows = np.asarray([0, 99, 100, 127, 128, 199])
     np.testing.assert_array_equal(dequantize_rows(q, rows), dequantize(q)[:, rows])
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 32), (256, 128)])
+@pytest.mark.parametrize("row_groups", [1, 2])
+def test_a_row_in_the_table_of_granularities_is_all_that_a_new_one_needs(
+    rows, columns, row_groups, monkeypatch
+):
+    name: Any = f"{rows} x {columns}"
+    new = Granularity(name=name, rows=rows, columns=columns, activations=("group",))
+    monkeypatch.setitem(WEIGHTS, name, new)
+    scheme = Scheme(name="mine", weight=name, activation="group")
+    w = np.random.default_rng(9).standard_normal((2, 600, 140)).astype(F32)
+    q = jitted(jnp.asarray(w), scheme, row_groups=row_groups)
+    q.validate()
+    wide, group_rows = [], 600 // row_groups
+    for group in np.split(w, row_groups, axis=1):
+        spread = np.zeros_like(group)
+        for i in range(0, group_rows, rows):
+            for j in range(0, 140, columns):
+                block = np.s_[:, i : i + rows, j : j + columns]
+                amax = np.abs(group[block]).max(axis=(1, 2), keepdims=True)
+                spread[block] = amax / F32(448)
+        wide.append(spread)
+    scale = np.concatenate(wide, axis=1)
+    np.testing.assert_array_equal(bits(q.qvalue), bits(oracle_codes(w, scale)))
+    restored = dequantize(q)
+    np.testing.assert_array_equal(restored, np.asarray(q.qvalue, F32) * scale)
+    some = np.asarray([0, 299, 300, 512, 599])
+    np.testing.assert_array_equal(dequantize_rows(q, some), restored[:, some])
+    parts = split_rows(q, (300, 300) if row_groups == 2 else (new.row_step, 600 - new.row_step))
+    for part in parts.parts:
+        part.validate()
+    np.testing.assert_array_equal(
+        np.concatenate([dequantize(part) for part in parts.parts], axis=1), restored
+    )
+    np.testing.assert_array_equal(parts.joined().scale, q.scale)

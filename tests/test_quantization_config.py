@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from fp8jax import FP8_PER_BLOCK, FP8_PER_TENSOR, QuantizationConfig
+from fp8jax import FP8_PER_BLOCK, FP8_PER_CHANNEL, FP8_PER_TENSOR, QuantizationConfig
 
 L1, L11, L12 = (f"model.layers.{i}." for i in (1, 11, 12))
 QUANTIZED, IGNORED, ERROR = "quantized", "ignored", "error"
@@ -200,3 +200,18 @@ def test_an_entry_that_matched_is_no_warning(entry):
         )
         == []
     )
+
+
+def test_a_scheme_can_be_given_as_itself_beside_the_other_keys():
+    config = QuantizationConfig.parse(
+        FP8_PER_CHANNEL, {"moe": FP8_PER_BLOCK, "ignore": ["re:.*o_proj"]}
+    )
+    assert config.resolve(L1 + "mlp.down_proj") is FP8_PER_CHANNEL
+    assert config.resolve(L1 + "mlp.experts", kind="moe") is FP8_PER_BLOCK
+    assert config.resolve(L1 + "self_attn.o_proj") is None
+    assert config.resolve("lm_head") is None
+    given = QuantizationConfig.parse(FP8_PER_TENSOR, {"activation": "tensor"})
+    assert given == QuantizationConfig.parse("fp8_per_tensor", {"activation": "tensor"})
+    assert QuantizationConfig.parse(FP8_PER_BLOCK, {"global_scheme": "fp8_per_block"}).linear
+    with pytest.raises(ValueError, match="conflicts"):
+        QuantizationConfig.parse(FP8_PER_CHANNEL, {"global_scheme": "fp8_per_block"})

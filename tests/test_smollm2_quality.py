@@ -78,6 +78,7 @@ def test_perplexity_barely_moves(scheme):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_the_capital_of_france_is_still_paris(scheme):
     (generation,) = smollm2(scheme).generate(

@@ -19,6 +19,7 @@ from fp8jax.device import H100
 from fp8jax.models.moe import SparseMoE
 from fp8jax.ops import experts
 from fp8jax.pallas_kernels import grouped_matmul
+from fp8jax.pallas_kernels.formats import WEIGHTS
 from fp8jax.pallas_kernels.grouped_matmul import Slots
 from fp8jax.qarray import SplitQArray, rows_of_parts, split_rows
 from fp8jax.schemes import Scheme
@@ -37,7 +38,7 @@ CHANNEL = Scheme(name="fp8_per_channel", weight="channel", activation="token")
     ],
 )
 def test_stacks_of_two_to_four_gib_are_cut_where_blocks_end(shape, row_groups, rows):
-    assert rows_of_parts(shape, row_groups=row_groups) == rows
+    assert rows_of_parts(shape, WEIGHTS["block"], row_groups=row_groups) == rows
     assert sum(rows) == shape[1]
     assert not any(qarray.unaddressable(shape[0] * count * shape[2]) for count in rows)
 

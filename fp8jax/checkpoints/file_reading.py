@@ -3,11 +3,13 @@
 A checkpoint is several files, and loading takes minutes in which they may be replaced, cut short or
 lost. Three rules:
 
-    regular files only      a pipe would block for ever, a device never ends; files read whole have a size limit
-    a file has a stamp      (device, inode, size, mtime): taken when the header is read, compared whenever the file is
-                            opened again, after every read from it, and once more when all is loaded
-    read, never map         a mapped file that is cut short kills the process that touches it (SIGBUS); a read that comes
-                            out short is an error that can be told
+    regular files only    a pipe would block for ever, a device never ends; files read whole have a
+                          size limit
+    a file has a stamp    (device, inode, size, mtime): taken when the header is read, compared
+                          whenever the file is opened again, after every read from it, and once more
+                          when all is loaded
+    read, never map       a mapped file that is cut short kills the process that touches it
+                          (SIGBUS); a read that comes out short is an error that can be told
 
 Reads go into memory of the caller's. So what a loader holds is what it asked for, aligned, and does
 not change with the file. Few descriptors are open at a time, whatever the number of shards.

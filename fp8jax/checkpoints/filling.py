@@ -1,6 +1,8 @@
 """Filling an abstract model from a checkpoint, some megabytes at a time.
 
-    file ──read──> a buffer of PIECE_BYTES ──> rows quantized (one jitted function) ──> written into the finished weight
+    file ──read──> a buffer of PIECE_BYTES
+         ──> rows quantized (one jitted function)
+         ──> written into the finished weight
 
 A *piece* is some rows of a matrix, whole blocks of them; a matrix that fits is one piece. The
 finished weight is there from the start, is donated to each write and so changes in place. At any
@@ -32,8 +34,8 @@ from fp8jax.checkpoints.file_reading import aligned_empty
 from fp8jax.checkpoints.folder import Checkpoint
 from fp8jax.checkpoints.load_report import LayerReport, Outcome, mebibytes
 from fp8jax.checkpoints.parameters import Parameter, Span
-from fp8jax.pallas_kernels.formats import BLOCK
-from fp8jax.qarray import QArray, SplitQArray, dequantize_rows, quantize, rows_of_parts, scale_shape
+from fp8jax.pallas_kernels.formats import BLOCK, Granularity, blocks
+from fp8jax.qarray import QArray, SplitQArray, dequantize_rows, quantize, rows_of_parts
 from fp8jax.quantization_config import QuantizationConfig
 from fp8jax.schemes import Scheme
 
@@ -131,7 +133,7 @@ class _Piece:
         first, rows: which rows.
         row_groups: how many row groups it holds; 1 for a share of one.
         part: which part of a stack that is cut (`rows_of_parts`) it goes into.
-        start, block: row of that part, and row of its block scales, where it begins.
+        start, scale_row: row of that part, and row of its scales, where it begins.
     """
 
     first: int
@@ -139,28 +141,45 @@ class _Piece:
     row_groups: int
     part: int
     start: int
-    block: int
+    scale_row: int
 
 
-def _cut(n: int, row_bytes: int, *, row_groups: int, parts: Sequence[int]) -> Iterator[_Piece]:
-    """Cuts n rows into pieces of about PIECE_BYTES that end where parts and row groups end, or else
-    at whole blocks."""
+def _cut(
+    n: int,
+    row_bytes: int,
+    granularity: Granularity | None,
+    *,
+    row_groups: int,
+    parts: Sequence[int],
+) -> Iterator[_Piece]:
+    """Cuts n rows into pieces of about PIECE_BYTES.
+
+    A piece ends where a part or a row group ends, or else between whole blocks; `granularity` is
+    None for what is not quantized.
+    """
     if n * row_bytes <= PIECE_BYTES and len(parts) == 1:
         yield _Piece(0, n, row_groups, 0, 0, 0)
         return
+    unit = BLOCK if granularity is None else granularity.row_step
+    scale_rows = (lambda rows: 0) if granularity is None else granularity.scale_rows
     group_rows, first = n // row_groups, 0
     for part, part_rows in enumerate(parts):
-        blocks = 0
+        scale_row = 0
         for group in range(0, part_rows, group_rows):
             rows = min(group_rows, part_rows - group)
-            count = -(-rows * row_bytes // PIECE_BYTES)
-            step = (
-                -(-rows // count // BLOCK) * BLOCK
-            )  # of about equal size: few shapes to compile for
+            count = blocks(rows * row_bytes, PIECE_BYTES)
+            # Of about equal size: few shapes to compile for.
+            step = blocks(blocks(rows, count), unit) * unit
             for start in range(0, rows, step):
-                block = blocks + start // BLOCK
-                yield _Piece(first + start, min(step, rows - start), 1, part, group + start, block)
-            first, blocks = first + rows, blocks + -(-rows // BLOCK)
+                yield _Piece(
+                    first=first + start,
+                    rows=min(step, rows - start),
+                    row_groups=1,
+                    part=part,
+                    start=group + start,
+                    scale_row=scale_row + scale_rows(start),
+                )
+            first, scale_row = first + rows, scale_row + scale_rows(rows)
 
 
 class _Buffers:
@@ -254,10 +273,12 @@ def _fill_one(
     stored = _stored_dtype(checkpoint, p)
     row_groups, row_shape = getattr(p, "row_groups", 1), p.shape[max(1, len(p.shape) - 1) :]
     n, width = p.shape[len(p.shape) - 1 - len(row_shape)], math.prod(row_shape)
+    granularity = scheme.granularity if scheme is not None else None
     parts = (n,)
-    if p.experts is not None and scheme is not None:
-        parts = rows_of_parts((p.experts, n, width), row_groups=row_groups)
-    pieces = list(_cut(n, width * stored.itemsize, row_groups=row_groups, parts=parts))
+    if p.experts is not None and granularity is not None:
+        parts = rows_of_parts((p.experts, n, width), granularity, row_groups=row_groups)
+    row_bytes = width * stored.itemsize
+    pieces = list(_cut(n, row_bytes, granularity, row_groups=row_groups, parts=parts))
     whole_at_once = len(pieces) == 1 and p.experts is None
     finished: list[Any] = [] if whole_at_once else _empty(p.shape, parts, scheme, dtype, row_groups)
 
@@ -272,7 +293,7 @@ def _fill_one(
     for expert in range(p.experts or 1):
         spans = p.spans_of(expert if p.experts is not None else None)
         amax = None
-        if scheme is not None and scheme.weight == "tensor" and len(pieces) > 1:
+        if granularity is not None and granularity.one_scale and len(pieces) > 1:
             for piece in pieces:
                 amax = _larger(amax, put_on_device(spans, piece))
                 buffers.used_by(amax)
@@ -280,16 +301,13 @@ def _fill_one(
         for piece in pieces:
             rows = put_on_device(spans, piece)
             value, of_rows, norm = _convert(
-                rows, amax, scheme, dtype, piece.row_groups, -(-_ERROR_ROWS * piece.rows // n)
+                rows, amax, scheme, dtype, piece.row_groups, blocks(_ERROR_ROWS * piece.rows, n)
             )
             buffers.used_by(of_rows)
             if whole_at_once:
                 finished.append(value)
             else:
-                scale_row = (
-                    piece.block if scheme is not None and scheme.weight == "block" else piece.start
-                )
-                where = np.asarray([expert, piece.start, scale_row], np.int32)
+                where = np.asarray([expert, piece.start, piece.scale_row], np.int32)
                 finished[piece.part] = _put(finished[piece.part], value, where)
             row_amax[-1].append(of_rows)
             norms.append(norm)
@@ -366,7 +384,8 @@ def _empty(
     empty = []
     for rows in parts:
         part = (*shape[:-2], rows, shape[-1])
-        scale = jnp.zeros(scale_shape(part, scheme, row_groups=groups), jnp.float32)
+        scale_shape = scheme.granularity.scale_shape(part, row_groups=groups)
+        scale = jnp.zeros(scale_shape, jnp.float32)
         empty.append(QArray(jnp.zeros(part, jnp.float8_e4m3fn), scale, scheme, groups))
     return empty
 
@@ -424,8 +443,14 @@ def _misfit(checkpoint: Checkpoint, span: Span, row: int, limit: float) -> str:
         [int(i) for i in np.unravel_index(first + column, info.shape)],
     )
     if np.isfinite(value):
-        return f"{span.source}: {value:g} at index {index} is beyond {limit:g}, the largest value of the dtype asked for"
-    return f"{span.source}: holds {value} first at index {index}; every weight must be finite. Is the file damaged?"
+        return (
+            f"{span.source}: {value:g} at index {index} is beyond {limit:g}, the largest value of "
+            "the dtype asked for"
+        )
+    return (
+        f"{span.source}: holds {value} first at index {index}; every weight must be finite. Is "
+        "the file damaged?"
+    )
 
 
 def _outcome(p: Parameter, scheme: Scheme | None, quantization: QuantizationConfig) -> Outcome:

@@ -4,7 +4,7 @@ read.
     config.json                     the architecture (required)
     generation_config.json          defaults for sampling (optional)
     model.safetensors               all tensors in one file, or
-    model.safetensors.index.json    {"weight_map": {tensor: shard file}} beside model-00001-of-0000n.safetensors …
+    model.safetensors.index.json    {"weight_map": {tensor: shard file}}, beside the shards
     tokenizer.json, …               not touched here
 
 `Checkpoint.open` reads headers only and checks them against each other and against the index: every
@@ -15,7 +15,8 @@ meanwhile, and that is an error too (`file_reading`).
 
     with Checkpoint.open("some/folder") as checkpoint:
         weight = checkpoint.read("model.embed_tokens.weight")
-        some_experts = checkpoint.read("model.layers.0.block_sparse_moe.input_linear.weight", slice(8, 16))
+        name = "model.layers.0.block_sparse_moe.input_linear.weight"
+        some_experts = checkpoint.read(name, slice(8, 16))
         checkpoint.verify_unchanged()
 
 What `read` returns is the caller's own memory: it may be changed, kept, and lent to
@@ -288,7 +289,10 @@ def _fetch(repo_id: str, revision: str | None) -> Path:
         )
     except errors.LocalEntryNotFoundError as error:
         cause = error
-        advice = "not in the local cache, and the hub is out of reach or HF_HUB_OFFLINE is set; fetch it while online"
+        advice = (
+            "not in the local cache, and the hub is out of reach or HF_HUB_OFFLINE is set; fetch "
+            "it while online"
+        )
     except (
         Exception
     ) as error:  # the client's errors have no common base: HTTP, validation, transfer, cache

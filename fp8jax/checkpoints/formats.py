@@ -4,16 +4,20 @@ Online quantization starts from BF16 or FP16. An FP8, GPTQ or AWQ checkpoint giv
 not end in a list of two thousand unknown tensors, so its format is recognised and named. There are
 two witnesses, and either is enough:
 
-    what is declared    config.json: quantization_config (or compression_config), or a file that a quantizer leaves
-    what is stored      names that only packed formats use, or 8-bit weights, most with a scale beside them
+    what is declared    config.json: quantization_config (or compression_config),
+                        or a file that a quantizer leaves
+    what is stored      names that only packed formats use,
+                        or 8-bit weights, most with a scale beside them
 
 The declaration alone is not trusted to be there (ModelOpt writes another file, hand-made
 conversions none), and the tensors alone do not name the format well.
 
     format                     weight            beside it
     fp8, block scales          F8_E4M3 [n, k]    weight_scale_inv [⌈n/128⌉, ⌈k/128⌉]
-    compressed-tensors         F8_E4M3 or I8     weight_scale [1] | [n, 1] | [⌈n/128⌉, ⌈k/128⌉];  4 bits: weight_packed
-    modelopt                   F8_E4M3           weight_scale, input_scale;                       4 bits: weight_scale_2
+    compressed-tensors         F8_E4M3 or I8     weight_scale [1] | [n, 1] | [⌈n/128⌉, ⌈k/128⌉]
+                               4 bits            weight_packed
+    modelopt                   F8_E4M3           weight_scale, input_scale
+                               4 bits            weight_scale_2
     gptq, awq                  qweight I32       qzeros, scales
     bitsandbytes               U8 or I8          weight.absmax | SCB
 
@@ -79,7 +83,9 @@ def stored_format(tensors: Mapping[str, TensorInfo]) -> str | None:
             layer = name.rpartition(".")[0]
             scales = {
                 f"{name}_scale_inv": "fp8 with block scales",
-                f"{name}_scale": "8 bits with weight_scale, as compressed-tensors and modelopt write",
+                f"{name}_scale": (
+                    "8 bits with weight_scale, as compressed-tensors and modelopt write"
+                ),
                 f"{layer}.scale": "fp8 with .scale",
                 f"{layer}.qscale_weight": "fp8 with .qscale_weight",
             }

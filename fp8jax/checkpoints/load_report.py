@@ -169,7 +169,10 @@ class LoadReport:
             f"{name} {seconds:.1f} s" for name, seconds in self.seconds_by_phase.items()
         )
         share = self.bytes_after / self.bytes_before if self.bytes_before else 1.0
-        return f"{share:.1%} of the checkpoint's bytes; peak private host memory {mebibytes(self.peak_host_bytes)}; {phases}"
+        return (
+            f"{share:.1%} of the checkpoint's bytes; peak private host memory "
+            f"{mebibytes(self.peak_host_bytes)}; {phases}"
+        )
 
     def _count(self, outcome: Outcome, kind: LayerKind | None = None) -> int:
         return sum(layer.outcome == outcome and kind in (None, layer.kind) for layer in self.layers)

@@ -3,9 +3,11 @@
 The model is built abstract: its weights are shapes. `model_parameters` walks it and lists a
 `Parameter` for each weight, with the names and shapes of the tensors that it is made of:
 
-    model.layers.0.self_attn.qkv_proj              q_proj.weight, k_proj.weight, v_proj.weight, stacked along rows
-    model.layers.0.mlp.experts.gate_up_proj        experts.0.gate_proj.weight, experts.0.up_proj.weight, experts.1.…
-                                                   or one tensor [e, 2i, h], whichever way the checkpoint writes it
+    model.layers.0.self_attn.qkv_proj
+        q_proj.weight, k_proj.weight, v_proj.weight, stacked along rows
+    model.layers.0.mlp.experts.gate_up_proj
+        experts.0.gate_proj.weight, experts.0.up_proj.weight, experts.1.…,
+        or one tensor [e, 2i, h], whichever way the checkpoint writes it
 
 `check_against` compares the list with the headers: what is missing, unknown, misshapen or of
 another kind of number comes out as one error, before any work.
@@ -27,7 +29,7 @@ from fp8jax.models import CausalLM, DecoderConfig
 from fp8jax.models.config import ExpertNames
 from fp8jax.models.layers import Linear
 from fp8jax.models.moe import Router, SparseMoE
-from fp8jax.quantization_config import LayerKind
+from fp8jax.quantization_config import LayerKind, never_quantized
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d{1,9})\.")
 _EXPERT = re.compile(r"\.experts\.(\d{1,9})\.")
@@ -65,7 +67,7 @@ class Parameter:
         sources: the checkpoint's tensors that are stacked along the first dimension to make it,
             with the shape each must have.
         shape: its shape.
-        kind: what it counts as for the quantization config.
+        kind: what it counts as for the quantization config; "other" for what is never quantized.
         shards: last components of the unfused names, for `ignore`.
     """
 
@@ -148,7 +150,7 @@ def model_parameters(model: CausalLM, tensors: Collection[str]) -> Iterator[Para
 
 
 def _linear_parameters(name: str, module: Linear) -> Iterator[Parameter]:
-    parent, _, last = name.rpartition(".")
+    parent = name.rpartition(".")[0]
     prefix = f"{parent}." if parent else ""
     names = [f"{prefix}{shard}" for shard, _ in module.shards]
     n, k = module.weight.shape
@@ -161,7 +163,7 @@ def _linear_parameters(name: str, module: Linear) -> Iterator[Parameter]:
             for source, (_, rows) in zip(names, module.shards, strict=True)
         ),
         shape=(n, k),
-        kind="other" if last == "lm_head" else "linear",
+        kind="other" if never_quantized(name) else "linear",
         shards=tuple(shard for shard, _ in module.shards),
     )
     if module.bias is not None:

@@ -1,9 +1,10 @@
 """One safetensors file: a header that says where each tensor lies, believed only after every byte
 is accounted for.
 
-    8 bytes          N bytes                                                         the rest
-    N, u64 little    JSON  {"name": {"dtype": "BF16", "shape": [4, 8],               tensor bytes, row-major,
-    endian                           "data_offsets": [0, 64]}, "__metadata__": …}    little endian, no gaps
+    8 bytes     N, an unsigned integer, little endian
+    N bytes     JSON: {"name": {"dtype": "BF16", "shape": [4, 8], "data_offsets": [0, 64]},
+                       "__metadata__": …}
+    the rest    tensor bytes, row-major, little endian, no gaps
 
 Offsets count from the start of the data part. The format's own rule makes a strong check possible:
 sorted by offset, the tensors must tile the data part exactly, from byte 0 to the last. A file that
@@ -197,11 +198,20 @@ def _header_bytes(path: Path) -> tuple[bytes, FileStamp]:
     if beginning.startswith(b"version https://git-lfs"):
         fault = "is a Git LFS pointer, not the weights; fetch them with `git lfs pull`"
     elif file_bytes < 8:
-        fault = f"has {file_bytes} bytes, a safetensors file has at least 8; it was cut short or never written"
+        fault = (
+            f"has {file_bytes} bytes, a safetensors file has at least 8; "
+            "it was cut short or never written"
+        )
     elif length > MAX_HEADER_BYTES:
-        fault = f"claims a header of {length} bytes, the format allows {MAX_HEADER_BYTES}; not a safetensors file"
+        fault = (
+            f"claims a header of {length} bytes, the format allows "
+            f"{MAX_HEADER_BYTES}; not a safetensors file"
+        )
     else:
-        fault = f"claims a header of {length} bytes, holds {file_bytes - 8} in all; cut short? fetch it again"
+        fault = (
+            f"claims a header of {length} bytes, holds {file_bytes - 8} in all; "
+            "cut short? fetch it again"
+        )
     raise CheckpointError.gather(str(path), [fault])
 
 

@@ -4,7 +4,7 @@ One call of a kernel takes microseconds, dispatching a jitted function tens of t
 are put into one program, one behind another, and several programs are under way before the host
 waits:
 
-    time of a call = (time until the last of `depth` programs is done) / (depth · calls in a program)
+    time of a call = (time until the last of `depth` programs is done) / (depth · calls of each)
 
 - **In order.** An optimization barrier ties each call to the one before, so that XLA neither merges
   nor reorders them.

@@ -80,7 +80,10 @@ def available() -> str | None:
     ):
         return "JAX's CUDA plugin is not installed; pip install 'fp8jax[offline-gpu]'"
     if _toolkit() is None:
-        return "no folder with bin/ptxas and nvvm/libdevice/libdevice.10.bc; pip install 'fp8jax[offline-gpu]' or set CUDA_HOME"
+        return (
+            "no folder with bin/ptxas and nvvm/libdevice/libdevice.10.bc; pip install "
+            "'fp8jax[offline-gpu]' or set CUDA_HOME"
+        )
     return None
 
 

@@ -5,7 +5,8 @@ The model is abstract, shapes without numbers, so that Llama-3.1-8B costs no mem
 layers are enough, since all are alike. Run with `fp8jax/devtools/offline_compile.py`:
 
     with OfflineCompiler() as compiler:
-        compiler.compile("h100", "fp8jax.devtools.offline_models:decode_step", {"model": "llama-3.1-8b", "batch": 1, "layers": 2})
+        program = "fp8jax.devtools.offline_models:decode_step"
+        compiler.compile("h100", program, {"model": "llama-3.1-8b", "batch": 1, "layers": 2})
 """
 
 from typing import Any
@@ -16,81 +17,13 @@ from flax import nnx
 
 from fp8jax import generation
 from fp8jax.devtools.offline_compile import Program
+from fp8jax.devtools.shapes import MODELS
 from fp8jax.models import CausalLM, DecoderConfig, read_decoder_config
 from fp8jax.models.layers import Linear
 from fp8jax.models.moe import Experts
 from fp8jax.ops.choice import Implementation
 from fp8jax.qarray import QArray, SplitQArray, quantize, rows_of_parts, split_rows
-
-_LLAMA_31: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "vocab_size": 128256,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "max_position_embeddings": 131072,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 500000.0,
-    "rope_scaling": {
-        "rope_type": "llama3",
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    },
-}
-# The numbers of a config.json, without the weights that go with them.
-MODELS: dict[str, dict[str, Any]] = {
-    "llama-3.1-8b": _LLAMA_31
-    | {
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_attention_heads": 32,
-        "num_hidden_layers": 32,
-    },
-    "llama-3.1-70b": _LLAMA_31
-    | {
-        "hidden_size": 8192,
-        "intermediate_size": 28672,
-        "num_attention_heads": 64,
-        "num_hidden_layers": 80,
-    },
-    "granite-3.0-1b-a400m": {
-        "architectures": ["GraniteMoeForCausalLM"],
-        "vocab_size": 49155,
-        "hidden_size": 1024,
-        "intermediate_size": 512,
-        "num_local_experts": 32,
-        "num_experts_per_tok": 8,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 8,
-        "num_hidden_layers": 24,
-        "max_position_embeddings": 4096,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 10000.0,
-        "attention_multiplier": 0.015625,
-        "embedding_multiplier": 12.0,
-        "residual_multiplier": 0.22,
-        "logits_scaling": 6.0,
-        "tie_word_embeddings": True,
-    },
-    "qwen3-30b-a3b": {
-        "architectures": ["Qwen3MoeForCausalLM"],
-        "vocab_size": 151936,
-        "hidden_size": 2048,
-        "intermediate_size": 6144,
-        "moe_intermediate_size": 768,
-        "num_experts": 128,
-        "num_experts_per_tok": 8,
-        "norm_topk_prob": True,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 4,
-        "head_dim": 128,
-        "num_hidden_layers": 48,
-        "max_position_embeddings": 40960,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 1000000.0,
-    },
-}
+from fp8jax.quantization_config import never_quantized
 
 
 def abstract_model(
@@ -104,7 +37,7 @@ def abstract_model(
     quantized.
 
     Args:
-        model: a key of `MODELS`.
+        model: a key of `shapes.MODELS`.
         scheme: "fp8_per_tensor" or "fp8_per_block"; None for bfloat16.
         layers: how many; None for all.
         implementation: what runs the operations, see `ops`.
@@ -117,8 +50,8 @@ def abstract_model(
     config: DecoderConfig = read_decoder_config(numbers, dtype="bfloat16", where=model)
     made = CausalLM(config, implementation=implementation)
     if scheme is not None:
-        for _, module in nnx.iter_modules(made.model):
-            if isinstance(module, Linear):
+        for path, module in nnx.iter_modules(made):
+            if isinstance(module, Linear) and not never_quantized(".".join(map(str, path))):
                 module.weight = _quantized(module.weight, scheme)
             elif isinstance(module, Experts):
                 module.gate_up_proj = _quantized(module.gate_up_proj, scheme, row_groups=2)
@@ -177,7 +110,7 @@ def _quantized(weight: jax.ShapeDtypeStruct, scheme: str, *, row_groups: int = 1
     def as_loaded(weight: jax.Array) -> QArray | SplitQArray:
         q = quantize(weight, scheme, row_groups=row_groups)
         rows = (
-            rows_of_parts(weight.shape, row_groups=row_groups)
+            rows_of_parts(weight.shape, q.scheme.granularity, row_groups=row_groups)
             if weight.ndim == 3
             else (weight.shape[0],)
         )

@@ -12,7 +12,7 @@ from fp8jax.devtools.offline_compile import Program
 from fp8jax.pallas_kernels import expert_routing
 from fp8jax.pallas_kernels.block_scaled_matmul import block_scaled_matmul_triton
 from fp8jax.pallas_kernels.block_scaled_matmul import default_config as default_block_scaled_config
-from fp8jax.pallas_kernels.formats import BLOCK, WeightGranularity
+from fp8jax.pallas_kernels.formats import ACTIVATIONS, BLOCK, WEIGHTS, WeightGranularity
 from fp8jax.pallas_kernels.grouped_matmul import Slots
 from fp8jax.pallas_kernels.grouped_matmul_kernel import grouped_scaled_matmul_triton
 from fp8jax.pallas_kernels.matmul_config import Config
@@ -20,35 +20,6 @@ from fp8jax.pallas_kernels.scaled_matmul import default_config as default_scaled
 from fp8jax.pallas_kernels.scaled_matmul import scaled_matmul_triton
 
 MatmulOp = Literal["scaled_matmul", "block_scaled_matmul"]
-
-# Outputs n and inputs k of the linear layers of a decoder layer, fused as the models here fuse
-# them.
-LINEAR_SHAPES = {
-    "llama-3.1-8b": {
-        "qkv": (6144, 4096),
-        "o": (4096, 4096),
-        "gate_up": (28672, 4096),
-        "down": (4096, 14336),
-    },
-    "llama-3.1-70b": {
-        "qkv": (10240, 8192),
-        "o": (8192, 8192),
-        "gate_up": (57344, 8192),
-        "down": (8192, 28672),
-    },
-    "granite-3.0-1b-a400m": {"qkv": (2048, 1024), "o": (1024, 1024)},
-    "qwen3-30b-a3b": {"qkv": (5120, 2048), "o": (2048, 4096)},
-}
-
-# Experts e and top_k, and the stacks of a layer as row groups, outputs n, inputs k.
-EXPERT_SHAPES = {
-    "granite-3.0-1b-a400m": {
-        "experts": (32, 8),
-        "gate_up": (2, 1024, 1024),
-        "down": (1, 1024, 512),
-    },
-    "qwen3-30b-a3b": {"experts": (128, 8), "gate_up": (2, 1536, 2048), "down": (1, 2048, 768)},
-}
 
 
 def matmul(
@@ -126,16 +97,17 @@ def grouped_matmul(
         x_scale_layout: as the kernel takes it.
     """
     slots = tokens * top_k
-    m, groups = tokens if gathered else slots, -(-k // BLOCK)
+    m = tokens if gathered else slots
     f32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     x, w = (
         jax.ShapeDtypeStruct(shape, jnp.float8_e4m3fn) for shape in ((m, k), (num_experts, n, k))
     )
-    if scales == "tensor":
-        x_scale, w_scale = f32((m, 1)), f32((num_experts,))
-    else:
-        x_scale = f32((groups, m) if x_scale_layout == "gm" else (m, groups))
-        w_scale = f32((num_experts, row_groups * -(-(n // row_groups) // BLOCK), groups))
+    of_w = WEIGHTS[scales]
+    x_scale = ACTIVATIONS[of_w.activations[0]].scale_shape((m, k))
+    if of_w.changes_along_k and x_scale_layout == "gm":
+        x_scale = x_scale[::-1]
+    x_scale = f32(x_scale)
+    w_scale = f32(of_w.scale_shape((num_experts, n, k), row_groups=row_groups))
     sizes = jax.ShapeDtypeStruct((num_experts,), jnp.int32)
     per_slot = jax.ShapeDtypeStruct((slots,), jnp.int32) if gathered else f32((slots,))
     kernel = functools.partial(

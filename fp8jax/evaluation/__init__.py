@@ -1,4 +1,4 @@
-"""What quantization costs: perplexity, KL divergence, top-1 agreement; tables that compare schemes."""
+"""What quantization costs: perplexity, KL divergence, top-1 agreement, tables of schemes."""
 
 from fp8jax.evaluation.metrics import (
     Comparison,

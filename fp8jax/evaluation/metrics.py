@@ -6,7 +6,7 @@ but a window's first is scored, given the tokens before it in the window. With p
 distribution for the next token, q the quantized model's, both a log-softmax in float32, and x_t the
 token that the text has there:
 
-    nll           = mean_t -log q(x_t)                    natural logarithm, over all scored tokens of all windows
+    nll           = mean_t -log q(x_t)                    natural logarithm, over all scored tokens
     perplexity    = exp(nll)
     KL(p || q)    = mean_t sum_v p(v) (log p(v) - log q(v))      nats a token
     top-1         = share of t with argmax p = argmax q

@@ -89,6 +89,7 @@ class Choice:
         *,
         shape: Mapping[str, int | str],
         measured: bool = True,
+        told: bool = True,
     ) -> Config | None:
         """The tiles that the kernel of an operation runs with; None where its reference runs.
 
@@ -97,6 +98,7 @@ class Choice:
             by_rule: a GPU -> the config where nothing was measured.
             shape: as the tuned tables name it.
             measured: whether measured configs count.
+            told: whether this is the operation's own decision, which `explain` shows.
         Raises:
             NotImplementedError: a kernel was asked for by name and there is none.
         """
@@ -114,8 +116,10 @@ class Choice:
                         f"XLA was faster when both were measured ({entry.xla_microseconds:.1f} and "
                         f"{entry.microseconds:.1f} us, {entry.date})"
                     )
-        note(op, kernel=reason is None, why_not=reason, shape=shape, config=config, source=source)
-        return config if reason is None else None
+        config = config if reason is None else None
+        if told:
+            note(op, kernel=not reason, why_not=reason, shape=shape, config=config, source=source)
+        return config
 
     def _why_not(self, op: str, why_not: WhyNot, *, fusion: bool = False) -> str | None:
         if self.gpu is None:

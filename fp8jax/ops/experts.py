@@ -63,7 +63,9 @@ def route(
     """
     choice, (t, e) = choose(implementation), logits.shape
     first = _parts(stack)[0]
-    config = _kernel_config(first, t, t * rule.top_k, choice) if isinstance(first, QArray) else None
+    config = None
+    if isinstance(first, QArray):
+        config = _kernel_config(first, t, t * rule.top_k, choice, told=False)
     block_m = config.block_m if config else 0
 
     def why_not(_: Any) -> str | None:
@@ -385,7 +387,7 @@ def _product_of_codes(
 
 
 def _kernel_config(
-    w: QArray, m: int, slots: int, choice: Choice, *, precise: bool = False
+    w: QArray, m: int, slots: int, choice: Choice, *, precise: bool = False, told: bool = True
 ) -> Config | None:
     """The tiles that the kernel for m rows in so many slots runs with; None where the reference
     runs instead."""
@@ -415,6 +417,7 @@ def _kernel_config(
             "scales": scales,
         },
         measured=not precise,
+        told=told,
     )
 
 

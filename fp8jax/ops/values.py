@@ -133,7 +133,7 @@ class Stream:
         return Stream(self.settled(), x, multiplier)
 
     def settled(self) -> jax.Array:
-        """Stream and what it owes, added in the activations' dtype as the model adds: `[..., h]`."""
+        """Stream and what it owes, added in the activations' dtype, `[..., h]`."""
         return (
             self.value
             if self.owed is None
