@@ -62,13 +62,12 @@ FP8_PER_TENSOR_WHOLE_BATCH = Scheme(name="fp8_per_tensor", weight="tensor", acti
 FP8_PER_CHANNEL = Scheme(name="fp8_per_channel", weight="channel", activation="token")
 FP8_PER_BLOCK = Scheme(name="fp8_per_block", weight="block", activation="group")
 
-SCHEMES = {scheme.name: scheme for scheme in (FP8_PER_TENSOR, FP8_PER_BLOCK)}
+SCHEMES = {s.name: s for s in (FP8_PER_TENSOR, FP8_PER_CHANNEL, FP8_PER_BLOCK)}
 """The schemes that `load_quantized` takes by name."""
 
 # Names of the reference that users may bring along. Saying "not supported" helps more than
 # "unknown".
 UNSUPPORTED_SCHEMES = (
-    "fp8_per_channel",
     "mxfp8",
     "int8_per_channel_weight_only",
     "mxfp4",

@@ -191,7 +191,7 @@ def grouped_scaled_matmul_reference(
         x_scale: float32, of an activation granularity that the weight's can take: `[m, 1]`, `[1]`
             for one scale over all rows, or `[m, ⌈k/128⌉]` with block scales.
         w: float8_e4m3fn `[e, n, k]`.
-        w_scale: float32, of the granularity: `[e]`, or
+        w_scale: float32, of the granularity: `[e]`, `[e, n, 1]`, or
             `[e, row_groups · ⌈n/row_groups/128⌉, ⌈k/128⌉]`.
         slots: which rows meet which expert.
         granularity: of w_scale.
@@ -347,8 +347,6 @@ def check_operands(
     Raises:
         ValueError: names the shapes and those wanted.
     """
-    if granularity == "channel":
-        raise ValueError(f"{op}: stacks of experts have no scales per channel")
     slots.check(op, x.shape, w.shape)
     if 0 in w.shape or w.shape[1] % row_groups:
         raise ValueError(

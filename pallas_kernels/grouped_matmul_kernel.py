@@ -353,7 +353,11 @@ def _scaled(problem: GroupedProblem, tile: SlotTile, refs: dict[str, Any]) -> ja
     x_scale = refs["x_scale"]
     of_rows = x_scale[0] if x_scale.shape == (1,) else _per_slot(tile, x_scale, tile.rows)
     along_rows = matmul_tiles.along_rows(config, of_rows)
-    of_columns = refs["w_scale"][tile.expert]
+    w_scale = refs["w_scale"]
+    if len(w_scale.shape) == 1:
+        of_columns = w_scale[tile.expert]
+    else:  # one a channel; what lies beyond the last is read from it and not stored
+        of_columns = w_scale[tile.expert, jnp.minimum(tile.columns, tile.column_end - 1), 0]
     return matmul_tiles.scaled(out, along_rows, matmul_tiles.along_columns(config, of_columns))
 
 

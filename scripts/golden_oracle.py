@@ -6,6 +6,8 @@ With codes q = e4m3(clamp(v * (1/s), -448, 448)), where 1/s is rounded to float3
     scheme           weight scale s                                  activation scale s
     fp8_per_tensor   max(amax / 448, 2^-126)    max(amax / 448, 1/(448*512))
                      one a matrix               one a token
+    fp8_per_channel  the same                   the same
+                     one a row                  one a token
     fp8_per_block    max(amax, 1e-4) / 448      the same
                      one a 128 x 128 block      one a token and 128 channels
 
@@ -63,6 +65,8 @@ def quantize_weight(weight: Tensor, scheme: str) -> tuple[Tensor, Tensor, Tensor
     if scheme == "fp8_per_tensor":
         scale = (weight.abs().amax() / FP8_MAX).clamp(min=2.0**-126).reshape(1)
         wide = scale
+    elif scheme == "fp8_per_channel":
+        scale = wide = (weight.abs().amax(1, keepdim=True) / FP8_MAX).clamp(min=2.0**-126)
     else:
         scale = block_amax(weight, BLOCK).clamp(min=1e-4) / FP8_MAX
         wide = spread(scale, *weight.shape)
@@ -146,7 +150,7 @@ class FakeQuantExperts(nn.Module):
 
 
 def activation_granularity(scheme: str) -> str:
-    return {"fp8_per_tensor": "token", "fp8_per_block": "group"}[scheme]
+    return "group" if scheme == "fp8_per_block" else "token"
 
 
 def fake_quantized(

@@ -6,6 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from golden_checkpoints import GOLDENS
+from golden_checkpoints import SCHEMES as FROZEN_SCHEMES
 
 from fp8jax import FP8_PER_BLOCK, QArray, quantize, quantize_activation, scaled_matmul
 from fp8jax.schemes import SCHEMES
@@ -30,8 +31,9 @@ def assert_nearly_the_same_codes(found, expected):
 
 @pytest.mark.smoke
 @pytest.mark.parametrize("case", ["17x96x160", "5x200x300", "128x256x256"])
-@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
-def test_codes_and_scales_follow_torch(case, scheme):
+@pytest.mark.parametrize("name", FROZEN_SCHEMES)
+def test_codes_and_scales_follow_torch(case, name):
+    scheme = SCHEMES[name]
     with np.load(GOLDENS / "matmul.npz") as arrays:
         x = arrays[f"{case}.x"]
         codes = arrays[f"{case}.{scheme.name}.activation_codes"]

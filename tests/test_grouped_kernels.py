@@ -62,8 +62,11 @@ class Problem:
         o = self.operands
         k, width = o["x"].shape[1], o["w"].shape[1] // self.row_groups
         wide_x, wide_w = o["x"].astype(np.float64), o["w"].astype(np.float64)
-        if self.granularity == "tensor":
-            wide_x, wide_w = wide_x * o["x_scale"], wide_w * o["w_scale"][:, None, None]
+        if self.granularity != "block":
+            wide_x, wide_w = (
+                wide_x * o["x_scale"],
+                wide_w * o["w_scale"].reshape(len(o["w"]), -1, 1),
+            )
         else:
             row = np.arange(o["w"].shape[1])
             block_row = row // width * -(-width // BLOCK) + row % width // BLOCK
@@ -118,8 +121,8 @@ def problem_of(
     e, slots, groups = len(sizes), sum(sizes) + padding, -(-k // BLOCK)
     block_rows = row_groups * -(-(n // row_groups) // BLOCK)
     x_shape, w_shape = (m, groups), (e, block_rows, groups)
-    if scales == "tensor":
-        x_shape, w_shape = (m, 1), (e,)
+    if scales != "block":
+        x_shape, w_shape = (m, 1), (e,) if scales == "tensor" else (e, n, 1)
     operands = {
         "x": codes(rng, m, k),
         "x_scale": rng.uniform(0.5, 2, x_shape).astype(np.float32),
@@ -179,8 +182,13 @@ WIDTHS = {
 
 @pytest.mark.parametrize(
     "scales, config",
-    [("tensor", SWAPPED), ("block", SWAPPED), ("block", PREFILL)],
-    ids=["tensor, swapped", "block, swapped", "block, prefill"],
+    [
+        (s, c)
+        for s in (*SCALES, "channel")
+        for c in (SWAPPED, PREFILL)
+        if (s, c) != ("tensor", PREFILL)
+    ],
+    ids=lambda value: value if isinstance(value, str) else f"{value.block_m} slots",
 )
 @pytest.mark.parametrize("widths", WIDTHS.values(), ids=WIDTHS.keys())
 def test_a_row_group_of_any_width_has_its_own_blocks(widths, scales, config):
@@ -239,7 +247,7 @@ def test_a_list_of_tiles_may_come_ready_made():
         problem.run(config=SWAPPED, block_m=16)
 
 
-@pytest.mark.parametrize("scales", SCALES)
+@pytest.mark.parametrize("scales", (*SCALES, "channel"))
 def test_kernel_and_reference_agree(scales):
     problem = problem_of(scales, [7, 0, 25, 1], m=20, n=2 * 80, k=200, row_groups=2, padding=3)
     reference = problem.run(grouped_scaled_matmul_reference)
@@ -421,7 +429,7 @@ def test_the_granularity_says_what_scales_mean_and_not_their_shape(function):
     problem = problem_of("block", [3, 9], m=6, n=64, k=128)
     with pytest.raises(ValueError, match=r"wanted \(6, 1\) or \(1,\), and \(2,\), for x"):
         problem.run(function, granularity="tensor")
-    with pytest.raises(ValueError, match="stacks of experts have no scales per channel"):
+    with pytest.raises(ValueError, match=r"wanted \(6, 1\) or \(1,\), and \(2, 64, 1\), for x"):
         problem.run(function, granularity="channel")
 
 

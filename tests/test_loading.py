@@ -351,7 +351,7 @@ def test_a_layer_too_few_in_config_json_is_noticed(folder):
         ({"implementation": None}, "auto, xla, triton"),
         ({"implementation": ["xla"]}, "auto, xla, triton"),
         ({"implementation": "cuda"}, "auto, xla, triton"),
-        ({"scheme": "fp8"}, "fp8_per_tensor, fp8_per_block, online"),
+        ({"scheme": "fp8"}, "fp8_per_tensor, fp8_per_channel, fp8_per_block, online"),
     ],
 )
 def test_wrong_arguments_list_the_right_ones_before_any_file_is_opened(

@@ -221,7 +221,7 @@ def test_dequantize_multiplies_codes_by_their_scale():
         (jnp.zeros((2, 2), jnp.int32), "fp8_per_tensor", "int32"),
         (jnp.zeros(3), "fp8_per_tensor", r"\(3,\)"),
         (jnp.zeros((0, 3)), "fp8_per_tensor", "empty"),
-        (jnp.zeros((2, 2)), "fp8_per_row", "fp8_per_tensor, fp8_per_block"),
+        (jnp.zeros((2, 2)), "fp8_per_row", "fp8_per_tensor, fp8_per_channel, fp8_per_block"),
         (jnp.zeros((2, 2)), "mxfp8", "not supported"),
     ],
 )
