@@ -72,7 +72,8 @@ def load_quantized(
             float32, no TF32), as a name, a short name ("bf16", "fp16", "fp32") or a NumPy or JAX
             dtype; "auto" for the checkpoint's own, as config.json has it, or else most of its
             tensors.
-        implementation: "xla", "triton" or "auto", see `ops/choice.py`; "triton_interpreted" for tests.
+        implementation: "xla", "triton" or "auto" ("triton_interpreted" in tests), see
+            `ops/choice.py`.
         revision: branch, tag or commit of a hub repository.
         progress: whether to show a progress bar on stderr; "auto" for terminals only.
     Returns:

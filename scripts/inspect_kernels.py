@@ -2,7 +2,7 @@
 shared memory, tensor cores.
 
     python scripts/inspect_kernels.py --device h100
-    python scripts/inspect_kernels.py --device l40 --op block_scaled_matmul --model llama-3.1-70b --m 16,4096
+    python scripts/inspect_kernels.py --device l40 --op block_scaled_matmul --m 16,4096
     python scripts/inspect_kernels.py --device h100 --step decode --batch 16 --json step.json
 
 One row a kernel, with the config that would run (tuned if there is a table, else the default) on

@@ -80,7 +80,6 @@ MAX_FLIPS, MAX_FLIPS_ONE_KIND = (
 
 
 # --- checkpoints
-# --------------------------------------------------------------------------------------------------
 
 
 def randomize(model: PreTrainedModel, seed: int) -> None:
@@ -160,7 +159,6 @@ def spell_as_transformers_4(folder: Path) -> None:
 
 
 # --- running
-# --------------------------------------------------------------------------------------------------
 
 
 class Reseed(Exception):

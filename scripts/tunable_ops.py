@@ -5,8 +5,10 @@ A case is one kernel on one shape. Configs come in the order default, then the r
 sums are promoted is a matter of accuracy and stays as the default has it. Two regimes, as in
 `pallas_kernels/matmul_config.py`:
 
-    few rows (m ≤ 64)    one tile of tokens, which the default has right; the weight's tile, the pipeline and the splits are open
-    many rows            tiles of 64 or 128 rows, whose accumulators fill the registers but do not overflow them
+    few rows (m ≤ 64)    one tile of tokens, which the default has right; the weight's tile, the
+                         pipeline and the splits are open
+    many rows            tiles of 64 or 128 rows, whose accumulators fill the registers but do not
+                         overflow them
 
 For experts, rows are those that an expert gets if the slots spread evenly. There k is never split:
 every expert in use is a tile of its own. An uneven routing gives some experts more rows, so tiles

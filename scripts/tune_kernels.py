@@ -1,11 +1,11 @@
 """Find the fastest config of each matmul kernel by timing, within a given time, and write the tuned
 tables.
 
-    python scripts/tune_kernels.py --shapes llama-3.1-8b --minutes 8          # again, to go on where it stopped
-    python scripts/tune_kernels.py --device h100 --plan plan.json             # no GPU: drop what cannot be fast
-    python scripts/tune_kernels.py --plan plan.json                           # on the GPU: time what is left
+    python scripts/tune_kernels.py --shapes llama-3.1-8b --minutes 8    # again: goes on from there
+    python scripts/tune_kernels.py --device h100 --plan plan.json       # no GPU: drops the slow
+    python scripts/tune_kernels.py --plan plan.json                     # on the GPU: times the rest
     python scripts/tune_kernels.py --shapes qwen3-30b-a3b --op grouped_scaled_matmul      # experts
-    JAX_PLATFORMS=cpu python scripts/tune_kernels.py --shapes tiny --m 1 --tokens 1 --tuned tuned_on_cpu
+    JAX_PLATFORMS=cpu python scripts/tune_kernels.py --shapes tiny --m 1 --tuned tuned_on_cpu
 
 What is tuned, and which configs are tried, stands in `tunable_ops.py`. For each shape the default
 config comes first, then, up to a number, the candidates that differ least from the best so far. One

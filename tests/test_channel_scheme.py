@@ -1,4 +1,7 @@
-"""fp8_per_channel from a checkpoint to logits, held against torch (scripts/make_channel_goldens.py)."""
+"""fp8_per_channel from a checkpoint to logits, held against torch.
+
+The logits come from scripts/make_channel_goldens.py.
+"""
 
 import jax.numpy as jnp
 import numpy as np

@@ -58,10 +58,10 @@ def fault_of(folder: str | os.PathLike[str], **options: Any) -> str:
 
 
 # --- reading
-# -----------------------------------------------------------------------------------------------------
 
 DTYPES = [
-    np.bool_, np.int8, np.int16, np.int32, np.int64, np.uint8, np.uint16, np.uint32, np.uint64, np.float16, np.float32,
+    np.bool_, np.int8, np.int16, np.int32, np.int64, np.uint8, np.uint16, np.uint32, np.uint64,
+    np.float16, np.float32,
     np.float64, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2,
     ml_dtypes.float8_e8m0fnu,
 ]  # fmt: skip
@@ -168,7 +168,6 @@ def test_an_unknown_name_lists_the_closest_ones(tmp_path: Path):
 
 
 # --- folders
-# -----------------------------------------------------------------------------------------------------
 
 
 def test_a_sharded_folder_is_opened_through_its_index(tmp_path: Path):
@@ -336,7 +335,6 @@ def test_a_name_that_is_no_folder_says_so(tmp_path: Path):
 
 
 # --- the hub
-# -----------------------------------------------------------------------------------------------------
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

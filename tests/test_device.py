@@ -123,7 +123,8 @@ def test_without_a_gpu_there_is_none_and_interpreted_kernels_get_an_h100(monkeyp
 
 
 @pytest.mark.parametrize("capability, old", [
-    ("7.5", True), ("8.0", True), ("8.6", True), ("8.9", False), ("9.0", False), ("12.0", False), ("gfx90a", False), ("", False)
+    ("7.5", True), ("8.0", True), ("8.6", True), ("8.9", False), ("9.0", False), ("12.0", False),
+    ("gfx90a", False), ("", False)
 ])  # fmt: skip
 def test_compute_capabilities_before_ada_have_no_fp8_products(capability, old):
     assert has_no_fp8_products(capability) is old

@@ -26,7 +26,6 @@ from fp8jax.tokenizer import load_tokenizer
 WEIGHTS = "model.safetensors"
 
 # --- changed meanwhile
-# ---------------------------------------------------------------------------------------------------
 
 
 def in_place(path: Path) -> None:
@@ -127,7 +126,6 @@ def test_a_config_whose_weights_were_replaced_before_their_headers_were_read(tmp
 
 
 # --- no files at all
-# -----------------------------------------------------------------------------------------------------
 
 
 def pipe(path: Path) -> str:
@@ -227,7 +225,6 @@ def test_millions_of_faults_are_counted_and_not_kept(part: str, tmp_path: Path):
 
 
 # --- what the system refuses
-# ---------------------------------------------------------------------------------------------
 
 
 def open_descriptors() -> set[int]:

@@ -188,7 +188,6 @@ def test_nan_and_inf_are_found_in_any_piece_and_named_with_the_first_index(
 
 
 # --- what happens meanwhile
-# ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("file", [FILE, "config.json"])
@@ -281,7 +280,6 @@ def test_another_error_of_the_device_stays_what_it_is(monkeypatch):
 
 
 # --- counts
-# --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layers", [3, 20_000, 10**9, 10**30])

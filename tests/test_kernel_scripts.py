@@ -238,7 +238,10 @@ def test_tuning_stops_when_time_is_up_and_goes_on_later(script, tmp_path, capsys
 
 def test_a_config_with_a_wrong_result_never_wins(script, tmp_path, capsys, monkeypatch):
     tune = script("tune_kernels")
-    wrong = lambda self, x, x_scale, w, w_scale: jnp.ones((x.shape[0], w.shape[0]), jnp.bfloat16)  # noqa: E731
+
+    def wrong(self, x, x_scale, w, w_scale):
+        return jnp.ones((x.shape[0], w.shape[0]), jnp.bfloat16)
+
     monkeypatch.setattr(script("tunable_ops").DenseCase, "reference", wrong)
     tune.main(**tune_options(tmp_path, most=1))
     assert "is wrong" in capsys.readouterr().out

@@ -23,7 +23,8 @@ SCHEMES = ("fp8_per_tensor", "fp8_per_block")
 
 def moe_config(e: int, k: int, i: int = 24, **changes) -> MoEConfig:
     fields = {"softmax_over": "all", "renormalise": True, "weight_dtype": "float32", "names": ()}
-    return MoEConfig(num_experts=e, top_k=k, intermediate_size=i, **(fields | changes))  # pyright: ignore
+    fields |= {"num_experts": e, "top_k": k, "intermediate_size": i, **changes}
+    return MoEConfig(**fields)  # pyright: ignore
 
 
 @functools.partial(jax.jit, static_argnames=("scheme", "row_groups"))

@@ -42,7 +42,6 @@ def same_weights(one: fp8jax.LanguageModel, other: fp8jax.LanguageModel) -> None
 
 
 # --- names on disk
-# -------------------------------------------------------------------------------------------------------
 
 
 def mixtral_stacked(tensors: Tensors) -> Tensors:
@@ -154,7 +153,6 @@ def test_loaded_experts_do_not_point_into_the_file(family, tmp_path):
 
 
 # --- what is refused
-# -----------------------------------------------------------------------------------------------------
 
 
 def fault_of(folder: Path, scheme: str | None = "fp8_per_block") -> str:
@@ -256,7 +254,6 @@ def test_layers_without_experts_of_qwen3_moe(step, only, dense):
 
 
 # --- schemes
-# -------------------------------------------------------------------------------------------------------------
 
 
 def schemes_of(lm: fp8jax.LanguageModel) -> dict[str, str]:

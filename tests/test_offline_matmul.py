@@ -117,7 +117,7 @@ def test_ragged_shapes_keep_fp8_instructions_and_registers(compiler, device, op,
 
 def test_promotion_costs_one_float32_addition_an_output_and_128_inputs(compiler):
     def additions(promotion: str, block_k: int) -> int:
-        config = Config(block_m=64, block_n=128, block_k=block_k, num_stages=3, promotion=promotion)  # pyright: ignore[reportArgumentType]
+        config = Config(block_m=64, block_n=128, block_k=block_k, num_stages=3, promotion=promotion)  # pyright: ignore
         arguments = {
             "op": "scaled_matmul",
             "m": 4096,

@@ -103,7 +103,7 @@ def test_wheel_built_from_the_sdist_holds_the_same_files(
 IMPORT_SECONDS = """
 import time
 import jax
-start = time.process_time()  # on an idle machine this is the time waited; on a busy one the clock counts the neighbours
+start = time.process_time()  # the clock would count the neighbours of a busy machine
 import fp8jax
 seconds = time.process_time() - start
 import sys

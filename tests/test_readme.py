@@ -38,7 +38,10 @@ def test_examples_run_and_show_what_is_public(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     "name",
-    "generate stream chat score logits weight prefill decode_step Sampling evaluation quantize spawn".split(),
+    [
+        *"generate stream chat score logits weight explain prefill decode_step Sampling".split(),
+        *"evaluation quantize spawn".split(),
+    ],
 )
 def test_readme_names(name):
     assert re.search(rf"\b{name}\b", README)

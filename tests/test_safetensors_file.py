@@ -243,8 +243,10 @@ def test_offsets_are_counted_from_the_start_of_the_file(tmp_path: Path):
 
 def test_every_dtype_that_the_official_writer_writes_is_recognised(tmp_path: Path):
     written = {
-        "BOOL": np.bool_, "I8": np.int8, "I16": np.int16, "I32": np.int32, "I64": np.int64, "U8": np.uint8,
-        "U16": np.uint16, "U32": np.uint32, "U64": np.uint64, "F16": np.float16, "F32": np.float32, "F64": np.float64,
+        "BOOL": np.bool_, "I8": np.int8, "I16": np.int16, "I32": np.int32, "I64": np.int64,
+        "U8": np.uint8,
+        "U16": np.uint16, "U32": np.uint32, "U64": np.uint64, "F16": np.float16, "F32": np.float32,
+        "F64": np.float64,
         "C64": np.complex64, "BF16": ml_dtypes.bfloat16, "F8_E4M3": ml_dtypes.float8_e4m3fn,
         "F8_E5M2": ml_dtypes.float8_e5m2,
     }  # fmt: skip

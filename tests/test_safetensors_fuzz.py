@@ -136,7 +136,6 @@ GENOMES = st.binary(min_size=33, max_size=33)
 
 
 # --- damage
-# ------------------------------------------------------------------------------------------------------
 
 
 def damage_bytes(content: bytes, kind_number: int, place: int, size: int, fill: bytes) -> bytes:
@@ -320,13 +319,13 @@ def damage_header(
 
 
 HEADER_DAMAGE = [
-    "dtype", "shape", "data_offsets", "both", "transpose", "ones", "name", "field", "extra", "replace", "metadata",
+    "dtype", "shape", "data_offsets", "both", "transpose", "ones", "name", "field", "extra",
+    "replace", "metadata",
     "double", "swap", "move", "delete", "alike",
 ]  # fmt: skip
 
 
 # --- judging
-# -----------------------------------------------------------------------------------------------------
 
 
 def open_and_read(folder: Path) -> Tensors | str:
@@ -353,9 +352,12 @@ def open_and_read(folder: Path) -> Tensors | str:
 
 
 DTYPE_OF = {
-    "bool": "BOOL", "int8": "I8", "int16": "I16", "int32": "I32", "int64": "I64", "uint8": "U8", "uint16": "U16",
-    "uint32": "U32", "uint64": "U64", "float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64",
-    "complex64": "C64", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "float8_e8m0fnu": "F8_E8M0",
+    "bool": "BOOL", "int8": "I8", "int16": "I16", "int32": "I32", "int64": "I64", "uint8": "U8",
+    "uint16": "U16",
+    "uint32": "U32", "uint64": "U64", "float16": "F16", "bfloat16": "BF16", "float32": "F32",
+    "float64": "F64",
+    "complex64": "C64", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
+    "float8_e8m0fnu": "F8_E8M0",
     "float8_e4m3fnuz": "F8_E4M3FNUZ", "float8_e5m2fnuz": "F8_E5M2FNUZ",
 }  # fmt: skip
 

@@ -75,7 +75,6 @@ def run(code: str, *arguments: object, stdin: str = "") -> subprocess.CompletedP
 
 
 # --- the checkpoint's own code
-# ---------------------------------------------------------------------------------------
 
 OWN_CODE = """
 import pathlib
@@ -157,7 +156,6 @@ def test_transformers_is_told_everywhere_not_to_run_code():
 
 
 # --- when it is read
-# -------------------------------------------------------------------------------------------------
 
 
 def test_token_ids_never_touch_the_tokenizer_until_a_text_is_read(tmp_path, monkeypatch):
@@ -236,7 +234,6 @@ def test_a_tokenizer_of_ones_own_takes_the_place_of_the_folders(tmp_path):
 
 
 # --- growing text
-# ----------------------------------------------------------------------------------------------------
 
 WORDS = "▁the ▁a ▁ ▁▁ s ing ▁é 中 ▁🙂 . , a b \ufffd".split(" ")
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]

@@ -237,7 +237,8 @@ def _launch_list(text: str) -> list[tuple[str, tuple[int, int, int] | None, int,
         ):
             continue
         kernel = re.search(
-            r"\]\s+(\S+) grid: \[(\d+), (\d+), (\d+)\] threads: \[(\d+), (\d+), (\d+)\]\s+shared_memory: (\d+)",
+            r"\]\s+(\S+) grid: \[(\d+), (\d+), (\d+)\] threads: \[(\d+), (\d+), (\d+)\]"
+            r"\s+shared_memory: (\d+)",
             line,
         )
         if kernel:
