@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from golden_checkpoints import GOLDENS, load
 from safetensors.numpy import load_file, save_file
+from selection import mostly_slow
 from test_loading import FILE, reconfigure, rewrite
 from test_moe_loading import same_weights
 from test_qarray import bits, oracle_block, oracle_tensor
@@ -42,13 +43,16 @@ def per_channel(monkeypatch):
 
 @pytest.mark.parametrize(
     "variant, scheme",
-    [
-        ("llama2", "fp8_per_tensor"),
-        ("llama_fp32_sharded", "fp8_per_block"),
-        ("mixtral", "fp8_per_block"),  # experts one by one
-        ("granitemoe", "fp8_per_tensor"),  # stacked
-        ("granitemoe", None),
-    ],
+    mostly_slow(
+        [
+            ("llama2", "fp8_per_tensor"),
+            ("llama_fp32_sharded", "fp8_per_block"),
+            ("mixtral", "fp8_per_block"),  # experts one by one
+            ("granitemoe", "fp8_per_tensor"),  # stacked
+            ("granitemoe", None),
+        ],
+        quick=[("llama2", "fp8_per_tensor"), ("mixtral", "fp8_per_block")],
+    ),
 )
 def test_pieces_make_the_same_weights_and_report_to_the_bit(
     variant: str, scheme: str | None, request

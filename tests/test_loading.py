@@ -47,9 +47,19 @@ def reconfigure(folder, **fields):
 
 @pytest.mark.smoke
 @pytest.mark.parametrize(
-    "variant", ["llama2", "llama31", "smollm2", "llama_fp16", "llama_fp32_sharded"]
+    "variant, scheme",
+    mostly_slow(
+        itertools.product(
+            ["llama2", "llama31", "smollm2", "llama_fp16", "llama_fp32_sharded"], SCHEMES
+        ),
+        quick=[
+            ("llama31", "fp8_per_tensor"),
+            ("llama31", "fp8_per_block"),
+            ("llama_fp16", "fp8_per_tensor"),
+            ("llama_fp32_sharded", "fp8_per_block"),
+        ],
+    ),
 )
-@pytest.mark.parametrize("scheme", SCHEMES)
 def test_fused_layers_are_quantized_as_one_matrix_to_the_bit(variant, scheme):
     tensors = {}
     for file in (GOLDENS / variant).glob("*.safetensors"):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from memory_probe import watch_loading
 from safetensors.numpy import save_file
+from selection import mostly_slow
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="private memory is read from /proc"),
@@ -93,7 +94,9 @@ def bound(held):
     return held["bytes_after"] + 240 * MB
 
 
-@pytest.mark.parametrize("scheme", ["fp8_per_tensor", "fp8_per_block"])
+@pytest.mark.parametrize(
+    "scheme", mostly_slow(["fp8_per_tensor", "fp8_per_block"], quick=["fp8_per_tensor"])
+)
 def test_peak_private_memory_is_the_result_and_two_pieces(big_checkpoint, scheme):
     probe = watch_loading(big_checkpoint, scheme)
     print(
@@ -103,7 +106,7 @@ def test_peak_private_memory_is_the_result_and_two_pieces(big_checkpoint, scheme
     assert probe.above_idle <= bound(probe.held)
 
 
-@pytest.mark.parametrize("mode", ["whole", "keep"])
+@pytest.mark.parametrize("mode", mostly_slow(["whole", "keep"], quick=["whole"]))
 def test_a_layer_at_once_or_a_copy_of_the_model_would_be_seen(big_checkpoint, mode):
     """The negative controls: the same bound does not hold where layers are not cut, or where BF16
     copies are kept."""

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from golden_checkpoints import GOLDENS, SCHEMES, golden, load, relative_error
+from selection import mostly_slow
 
 import fp8jax
 from fp8jax.devtools import offline_models, tuned_tables
@@ -410,7 +411,15 @@ OPS = {
 
 
 @pytest.mark.parametrize(
-    "variant, scheme, op", [(*model, op) for model, ops_of in OPS.items() for op in ops_of]
+    "variant, scheme, op",
+    mostly_slow(
+        [(*model, op) for model, ops_of in OPS.items() for op in ops_of],
+        quick=[
+            ("mistral", "fp8_per_block", "rms_norm_quantize"),
+            ("mistral", "fp8_per_block", "decode_attention"),
+            ("granitemoe", "fp8_per_tensor", "grouped_scaled_matmul"),
+        ],
+    ),
 )
 def test_one_interpreted_kernel_in_a_model_of_references_decodes_like_xla(
     monkeypatch, variant, scheme, op
@@ -432,7 +441,7 @@ def test_one_interpreted_kernel_in_a_model_of_references_decodes_like_xla(
     assert_tokens_agree(found, expected, unquantized)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", mostly_slow(SCHEMES, quick=["fp8_per_block"]))
 def test_interpreted_kernels_read_a_prompt_like_xla(scheme):
     tokens = golden("llama31")["token_ids"][:, :5].tolist()
     expected = loaded("llama31", scheme, "xla").logits(tokens)

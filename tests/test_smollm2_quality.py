@@ -21,6 +21,7 @@ TEXT = ROOT / "tests" / "data" / "jargon_file_excerpt.txt"
 # Gates of the project. An independent NumPy simulation on other pages of the same book gave KL
 # 0.032 and 0.029, top-1 agreement 0.887 and 0.893; the gates leave room for another text, and for
 # q, k, v quantized as one matrix.
+pytestmark = pytest.mark.slow  # a model of 135 million weights
 MAX_KL = {"fp8_per_tensor": 0.050, "fp8_per_block": 0.040}
 MIN_TOP1 = 0.87
 SCHEMES = sorted(MAX_KL)
@@ -78,7 +79,6 @@ def test_perplexity_barely_moves(scheme):
     )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_the_capital_of_france_is_still_paris(scheme):
     (generation,) = smollm2(scheme).generate(

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden_checkpoints import GOLDENS, golden, relative_error
+from selection import mostly_slow
 
 import fp8jax
 from fp8jax import qarray
@@ -80,10 +81,10 @@ def is_split(lm: fp8jax.LanguageModel) -> bool:
 
 @pytest.mark.parametrize(
     "variant, scheme",
-    [
-        ("mixtral", "fp8_per_block"),
-        ("granitemoe", "fp8_per_tensor"),
-    ],  # experts one by one, and stacked in the file
+    mostly_slow(  # experts one by one, and stacked in the file
+        [("mixtral", "fp8_per_block"), ("granitemoe", "fp8_per_tensor")],
+        quick=[("mixtral", "fp8_per_block")],
+    ),
 )
 def test_a_checkpoint_loads_in_parts_and_gives_the_same(variant, scheme, request):
     load = functools.partial(fp8jax.load_quantized, GOLDENS / variant, scheme, dtype="float32")
