@@ -10,26 +10,17 @@ scale a token.
 # pyright: reportMissingImports=false
 # (torch is not a dependency of fp8jax; these scripts have an environment of their own)
 
-import argparse
-from pathlib import Path
-
 import numpy as np
 import torch
 from golden_oracle import fake_quantized
-from make_goldens import load
+from make_goldens import goldens_argument, load
 
 VARIANTS = ("llama31", "mixtral", "granitemoe")
 SCHEME = "fp8_per_channel"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--goldens", type=Path, required=True, help="the folder of the golden checkpoints"
-    )
-    folder = parser.parse_args().goldens
+    folder = goldens_argument(__doc__)
     torch.set_num_threads(1)
     arrays: dict[str, np.ndarray] = {}
     for variant in VARIANTS:

@@ -339,6 +339,17 @@ def make_matmul(path: Path) -> None:
     np.savez_compressed(path, **{key: array.numpy() for key, array in arrays.items()})
 
 
+def goldens_argument(description: str | None) -> Path:
+    """The folder of the golden checkpoints, from the command line of a script that reads them."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--goldens", type=Path, required=True, help="the folder of the golden checkpoints"
+    )
+    return parser.parse_args().goldens
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make tests/goldens with torch and transformers.")
     parser.add_argument(

@@ -15,13 +15,10 @@ products, which are float64. For each variant and scheme (None: not quantized), 
 # pyright: reportMissingImports=false
 # (torch is not a dependency of fp8jax; these scripts have an environment of their own)
 
-import argparse
-from pathlib import Path
-
 import numpy as np
 import torch
 from golden_oracle import SCHEMES, fake_quantized
-from make_goldens import load
+from make_goldens import goldens_argument, load
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -47,13 +44,7 @@ def gradients(model: PreTrainedModel, token_ids: Tensor) -> tuple[Tensor, Tensor
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--goldens", type=Path, required=True, help="the folder of the golden checkpoints"
-    )
-    folder = parser.parse_args().goldens
+    folder = goldens_argument(__doc__)
     torch.set_num_threads(1)
     arrays: dict[str, np.ndarray] = {}
     for variant in VARIANTS:

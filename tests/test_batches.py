@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import jax
 import numpy as np
+import pytest
 from golden_checkpoints import GOLDENS, golden, load
 from random_models import random_model
 
@@ -118,6 +119,7 @@ def test_padding_repeats_tokens_of_its_own_row_and_unused_rows_have_no_length():
     assert end_ids(range(9)).shape == (16,) and (end_ids([]) == -1).all()
 
 
+@pytest.mark.slow
 def test_results_do_not_depend_on_how_many_rows_memory_allows(monkeypatch):
     lm = random_model()
     prompts = [list(range(i + 3)) for i in range(5)]

@@ -64,6 +64,7 @@ def test_scoring_needs_no_logits_of_all_positions():
     assert peak < 600 * MIB, peak / MIB
 
 
+@pytest.mark.slow
 def test_reading_prompts_needs_no_more_scores_than_are_bounded():
     peak = peak_above_idle("lm.generate([list(range(1000))] * 16, max_new_tokens=2)")
     # 759 MiB measured, compiling included; with the scores of 16 × 1024 queries at once 1922 MiB.

@@ -113,6 +113,7 @@ def experts_of(e: int, i: int, h: int) -> Experts:
     return experts
 
 
+@pytest.mark.slow
 def test_a_long_prompt_takes_it_and_gets_what_xla_gives():
     experts, rng, t = experts_of(2, 128, 128), np.random.default_rng(1), 80
     x = jnp.asarray(rng.normal(size=(t, 128)), jnp.float32)

@@ -439,6 +439,7 @@ def folder(tmp_path: Path) -> Iterator[Path]:
         yield Path(name)
 
 
+@pytest.mark.slow
 def test_files_with_damaged_bytes_are_refused_or_read_correctly(folder: Path):
     def damage(genome: Genome) -> bytes:
         content = SEEDS[genome.seed]

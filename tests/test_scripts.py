@@ -38,6 +38,7 @@ def tiny_with_tokenizer(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_demo_runs_on_a_checkpoint_without_tokenizer_and_saves_table_and_plot(tmp_path):
     run = run_script("demo.py", "--checkpoint", TINY, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
@@ -58,6 +59,7 @@ def test_demo_runs_on_a_checkpoint_without_tokenizer_and_saves_table_and_plot(tm
     assert "not GPU speed" in " ".join(run.stdout.split())
 
 
+@pytest.mark.slow
 def test_evaluate_scores_a_text_and_continues_the_given_prompts(tmp_path, tiny_with_tokenizer):
     text = tmp_path / "text.txt"
     text.write_text("It was a bright cold day in April, and the clocks were striking. " * 10)

@@ -86,6 +86,7 @@ def is_split(lm: fp8jax.LanguageModel) -> bool:
         quick=[("mixtral", "fp8_per_block")],
     ),
 )
+@pytest.mark.slow
 def test_a_checkpoint_loads_in_parts_and_gives_the_same(variant, scheme, request):
     load = functools.partial(fp8jax.load_quantized, GOLDENS / variant, scheme, dtype="float32")
     whole = load()

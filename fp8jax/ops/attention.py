@@ -14,7 +14,7 @@ from fp8jax.ops.choice import Choice, Implementation, choose
 from fp8jax.ops.values import QActivation, Summed, rows_or_parts
 from fp8jax.pallas_kernels import decode_attention as attention_kernel
 from fp8jax.pallas_kernels import quantize, rope_cache
-from fp8jax.pallas_kernels.decode_attention import attention as attention
+from fp8jax.pallas_kernels.attention import attention as attention
 from fp8jax.pallas_kernels.formats import ActivationGranularity
 from fp8jax.pallas_kernels.rope_cache import rotate as rotate
 
